@@ -170,6 +170,7 @@ def test_ports_must_fit_below_65536(tmp_path: Path) -> None:
     error = refused(tmp_path, env="#\nVLLM_BASE_PORT=65530\n")
     assert error.where.endswith(".env:2")
     assert load(tmp_path, env="VLLM_BASE_PORT=65530\nVLLM_MAX_INSTANCES=6\n").max_instances == 6
+    refused(tmp_path, env="VLLM_BASE_PORT=65530\nVLLM_MAX_INSTANCES=7\n")
 
 
 @pytest.mark.parametrize("text", [",", "sk-ä", "two words", "sk-secret\\tx"])

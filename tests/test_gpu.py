@@ -285,28 +285,31 @@ def test_close_lets_go_once() -> None:
     assert tested.read(1).devices[0].error is None
 
 
-def test_readings_of_many_threads_do_not_mix() -> None:
-    inside = threading.Semaphore(1)
+def test_two_threads_read_one_after_the_other() -> None:
+    entered = [threading.Event(), threading.Event()]
+    together = []
 
     class Watched(FakeNvml):
         def nvmlDeviceGetCount(self) -> int:
-            assert inside.acquire(blocking=False), "two readings at once"
+            if not entered[0].is_set():
+                entered[0].set()
+                together.append(entered[1].wait(0.2))    # time enough for the second to come in, were it let in
+            else:
+                entered[1].set()
             return super().nvmlDeviceGetCount()
-
-        def nvmlSystemGetCudaDriverVersion(self) -> int:
-            inside.release()
-            return super().nvmlSystemGetCudaDriverVersion()
 
     fake, results = Watched(Card("GPU-aa")), []
     tested = reader(fake)
-    threads = [threading.Thread(target=lambda: results.append(tested.read(0))) for _ in range(16)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    assert len(results) == 16
-    assert len(set(results)) == 1
-    assert fake.inits == 1
+    first, second = (threading.Thread(target=lambda: results.append(tested.read(0))) for _ in range(2))
+    first.start()
+    assert entered[0].wait(120)
+    second.start()
+    first.join(120)
+    second.join(120)
+    assert together == [False]
+    assert len(results) == 2
+    assert results[0] == results[1]
+    assert (fake.inits, fake.initialised) == (1, 1)
 
 
 def test_the_real_module_on_this_machine() -> None:
