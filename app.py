@@ -1,0 +1,180 @@
+"""The composition root: `create_app(deps)` wires the routes, `main()` reads the settings and runs the server."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import resource
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flask import Flask, Response, jsonify, request
+from werkzeug.exceptions import HTTPException
+
+import config
+import router as data_plane
+from errors import BadRequest, ConfigError, DaemonError, MethodNotAllowed, NotFound
+from instance_manager import InstanceManager
+from instances.store import StateDir
+from router import Router
+from routing.upstream import ClientLeft
+from web import admin, auth
+from web.server import Server, Service
+
+VERSION = "0.1.0"
+CLIENT_CLOSED_REQUEST = 499     # nginx's status for a client that left; nobody reads it
+
+log = logging.getLogger("vllm_server")
+
+
+@dataclass(frozen=True)
+class Deps:
+    """What the routes use.  `reload_settings` answers with the names of the settings that changed."""
+
+    manager: InstanceManager
+    router: Router
+    reload_settings: Any
+
+
+def create_app(deps: Deps) -> Flask:
+    """The WSGI application.  Starts nothing."""
+    app = Flask("vllm_server", static_folder=None)
+    app.url_map.merge_slashes = False
+    app.json.sort_keys = False  # type: ignore[attr-defined]
+    app.extensions.update(manager=deps.manager, router=deps.router, reload=deps.reload_settings,
+                          about={"version": VERSION, "simulated": is_simulated(deps.manager.settings.command)})
+    app.before_request(lambda: auth.check(request, deps.manager.settings))
+    app.register_blueprint(admin.blueprint)
+    app.register_blueprint(data_plane.blueprint)
+    app.register_error_handler(Exception, _answer_error)
+    return app
+
+
+def is_simulated(command: Sequence[str]) -> bool:
+    """Whether the engine is the stand-in: then everything a person sees says so."""
+    return any(Path(word).name == "simulator.py" for word in command)
+
+
+def _answer_error(error: Exception) -> Response:
+    """The one way from an exception to an answer."""
+    if isinstance(error, ClientLeft):
+        return Response(status=CLIENT_CLOSED_REQUEST)
+    ours = _translated(error)
+    response = jsonify(ours.envelope())
+    response.status_code = ours.status
+    if ours.retry_after_s is not None:
+        response.headers["Retry-After"] = str(ours.retry_after_s)
+    if isinstance(error, HTTPException) and isinstance(ours, MethodNotAllowed):
+        response.headers.extend(header for header in error.get_headers() if header[0] == "Allow")
+    return response
+
+
+def _translated(error: Exception) -> DaemonError:
+    if isinstance(error, DaemonError):
+        return error
+    if isinstance(error, HTTPException):
+        if error.code == 404:
+            return NotFound(f"there is no route {request.method} {request.path[:200]}", code="route_not_found")
+        if error.code == 405:
+            return MethodNotAllowed(f"{request.path[:200]} does not take {request.method}")
+        return BadRequest(error.description or "bad request")
+    log.error("%s %s failed", request.method, request.path, exc_info=error)
+    return DaemonError("the daemon failed on this request; its log says how")
+
+
+class Daemon:
+    """Settings, as they are now, and what runs on them.  Made in the worker process."""
+
+    def __init__(self, settings: config.Settings, state_dir: StateDir, arguments: argparse.Namespace) -> None:
+        self._arguments = arguments
+        self._reloading = threading.Lock()
+        self.manager = InstanceManager(settings, state_dir)
+        self.router = Router(self.manager)
+
+    def service(self) -> Service:
+        app = create_app(Deps(self.manager, self.router, self.reload))
+        return Service(wsgi=app, start=self.start, stop=self.stop, reload=self.reload_and_log)
+
+    def start(self) -> None:
+        self.router.start()
+        self.manager.start()
+
+    def stop(self, hurry: Any, alive: Any) -> None:
+        self.manager.shutdown(keep=self.manager.settings.keep_instances, hurry=hurry, alive=alive)
+        self.router.close()
+        log.info("stopped")
+
+    def reload(self) -> list[str]:
+        """Read .env and vllm_config.json anew.  Raises BadRequest when they are bad; the old settings stay in force."""
+        with self._reloading:
+            try:
+                settings = read_settings(self._arguments)
+            except ConfigError as error:
+                raise BadRequest(f"not reloaded, the old settings stay: {error}", code="bad_config") from None
+            return self.manager.reconfigure(settings)
+
+    def reload_and_log(self) -> None:
+        try:
+            changed = self.reload()
+        except BadRequest as error:
+            log.error("%s", error.message)
+        else:
+            log.info("settings reloaded; changed: %s", ", ".join(changed) or "nothing")
+
+
+def read_settings(arguments: argparse.Namespace) -> config.Settings:
+    overrides = {name: value for name, value in (("APP_HOST", arguments.host), ("APP_PORT", arguments.port))
+                 if value is not None}
+    return config.load_settings(os.environ, env_file=arguments.env, cwd=Path.cwd(), overrides=overrides)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="app.py", description="Runs vLLM instances behind one address.")
+    parser.add_argument("--host", help="address to listen on (APP_HOST)")
+    parser.add_argument("--port", help="port to listen on (APP_PORT)")
+    parser.add_argument("--env", type=Path, metavar="FILE", help="settings file instead of ./.env")
+    parser.add_argument("--version", action="version", version=f"vllm-server {VERSION}")
+    return parser.parse_args(argv)
+
+
+def set_up_logging(level: str) -> None:
+    logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("urllib3").setLevel(logging.ERROR)     # a broken upstream is our own message
+
+
+def raise_file_limit() -> None:
+    """A descriptor for each client and each engine connection: take what the system grants."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def banner(settings: config.Settings, address: str) -> None:
+    simulated = " with a SIMULATED engine: no model is loaded" if is_simulated(settings.command) else ""
+    log.info("vllm-server %s listens on %s%s", VERSION, address, simulated)
+    for warning in settings.warnings:
+        log.warning("%s", warning)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+    try:
+        settings = read_settings(arguments)
+        set_up_logging(settings.log_level)
+        state_dir = StateDir(settings.state_dir)
+        state_dir.lock()
+    except ConfigError as error:
+        sys.exit(f"vllm-server: {error}")
+    except OSError as error:
+        sys.exit(f"vllm-server: STATE_DIR {settings.state_dir} cannot be used: {error.strerror or error}")
+    raise_file_limit()
+    Server(settings, lambda: Daemon(settings, state_dir, arguments).service(),
+           lambda address: banner(settings, address)).run()
+
+
+if __name__ == "__main__":
+    main()

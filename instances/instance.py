@@ -1,0 +1,230 @@
+"""One model instance: its states, the edges between them, and its frozen snapshot.  No I/O, no clock, no lock.
+
+What each state means:
+
+======== ============================ ======================================
+state    memory of the device         requests
+======== ============================ ======================================
+starting being taken                  wait
+ready    held                         enter, each with a lease
+backoff  being freed, then free       wait for the next start
+stopping held until the drain ends    those with a lease finish, none enters
+stopped  free                         none; the record is gone
+failed   free                         are told the cause
+======== ============================ ======================================
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from errors import DaemonError, NotReady
+
+log = logging.getLogger("vllm_server.instances")
+
+FAILURE_WINDOW_S = 600.0
+FAILURES_ALLOWED = 5
+BACKOFF_LIMIT_S = 60.0
+
+
+class State(StrEnum):
+    STARTING = "starting"
+    READY = "ready"
+    BACKOFF = "backoff"
+    STOPPING = "stopping"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+EDGES: Mapping[State, frozenset[State]] = {
+    State.STARTING: frozenset({State.READY, State.BACKOFF, State.FAILED, State.STOPPING}),
+    State.READY: frozenset({State.BACKOFF, State.FAILED, State.STOPPING}),
+    State.BACKOFF: frozenset({State.STARTING, State.FAILED, State.STOPPING}),
+    State.STOPPING: frozenset({State.STOPPED}),
+    State.FAILED: frozenset({State.STOPPED}),
+    State.STOPPED: frozenset(),
+}
+
+ACTIVE = frozenset({State.STARTING, State.READY, State.BACKOFF})
+"""Will serve, now or soon: what a create finds and what a request may wait for."""
+
+
+@dataclass(frozen=True)
+class InstanceSpec:
+    """What the user asked for.  Two specs with equal `flags` run the same engine."""
+
+    model: str
+    names: tuple[str, ...]              # --served-model-name, the first stands in every response
+    flags: Mapping[str, Any]            # merged from all layers, without the daemon's own
+    params: Mapping[str, Any]           # the request's share of the flags, as it was sent
+    timeout_s: float                    # idle time after which it is stopped; 0: never
+    start_timeout_s: float
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why an engine failed: a code for programs, a sentence for people, the decisive log line, a status for HTTP."""
+
+    code: str
+    message: str
+    detail: str = ""
+    status: int = 502
+    permanent: bool = False
+    suggestion: Mapping[str, object] | None = None
+
+
+class Lease:
+    """The right to send one request to one instance.  Made and ended by the manager, under its lock.
+
+    `cut` tells the holder that the instance will not let it finish: the callback closes the connection, the
+    error says why.  A callback that is registered after the cut runs at once.
+    """
+
+    def __init__(self, instance_id: str, port: int, release: Callable[[Lease, bool], None]) -> None:
+        self.instance_id = instance_id
+        self.port = port
+        self.cut_error: DaemonError | None = None
+        self._on_cut: Callable[[], None] | None = None
+        self._release = release
+
+    def on_cut(self, callback: Callable[[], None] | None) -> None:
+        self._on_cut = callback
+        if callback is not None and self.cut_error is not None:
+            callback()
+
+    def cut(self, error: DaemonError) -> None:
+        if self.cut_error is None:
+            self.cut_error = error
+            callback = self._on_cut
+            if callback is not None:
+                callback()
+
+    def release(self, *, ok: bool = False) -> None:
+        """Give it back; a second call does nothing.  `ok`: the engine answered, which shows that it is not hung."""
+        self._release(self, ok)
+
+
+@dataclass(frozen=True)
+class InstanceView:
+    """A snapshot for readers outside the lock.  Times `*_at` are wall clock seconds, for people."""
+
+    id: str
+    spec: InstanceSpec
+    names: tuple[str, ...]
+    state: State
+    why: str
+    phase: str
+    progress: float | None
+    port: int | None
+    pid: int | None
+    devices: tuple[int, ...]
+    memory_planned_bytes: int | None
+    memory_measured_bytes: int | None
+    in_flight: int
+    created_at: float
+    last_used_at: float
+    expires_in_s: float | None
+    restarts: int
+    retry_in_s: float | None
+    last_error: Problem | None
+    log_path: str
+    engine: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What the balancer sees of a backend."""
+
+    id: str
+    state: State
+    in_flight: int
+
+
+@dataclass(eq=False)
+class Instance:
+    """The mutable record in the registry.  Every field is read and written under the manager's lock."""
+
+    id: str
+    spec: InstanceSpec
+    created_at: float                   # wall clock
+    last_used: float                    # monotonic: when the last request ended, or when it became ready
+    log_path: str
+    state: State = State.STARTING
+    why: str = "created"
+    changed_at: float = 0.0             # monotonic
+    phase: str = "starting"
+    progress: float | None = None
+    names: tuple[str, ...] = ()         # all that the engine answers to, adapters included
+    port: int | None = None
+    pid: int | None = None
+    devices: tuple[int, ...] = ()
+    memory_planned_bytes: int | None = None
+    memory_measured_bytes: int | None = None
+    leases: set[Lease] = field(default_factory=set)
+    last_success: float = 0.0           # monotonic: when the engine last answered a request
+    failures: deque[float] = field(default_factory=deque)
+    restarts: int = 0
+    retry_at: float | None = None       # monotonic, in backoff
+    last_error: Problem | None = None
+    force_stop: bool = False
+    after: frozenset[str] = frozenset() # ids that must be gone before this one starts (a replacement)
+    engine: Mapping[str, Any] = field(default_factory=dict)  # facts of its start-up log
+    on_change: Callable[[Instance, State], None] | None = None
+
+    def __post_init__(self) -> None:
+        self.names = self.names or self.spec.names
+
+    def change_state(self, new: State, now: float, why: str) -> None:
+        """The one writer of `state`: checks the edge, logs it, tells the listener.  Caller holds the lock."""
+        old = self.state
+        if new not in EDGES[old]:
+            raise AssertionError(f"{self.id}: no edge {old} -> {new} ({why})")
+        self.state, self.why, self.changed_at = new, why, now
+        log.info("%s (%s): %s -> %s (%s)", self.id, self.spec.model, old, new, why)
+        if self.on_change is not None:
+            self.on_change(self, old)
+
+    def take_lease(self, release: Callable[[Lease, bool], None]) -> Lease:
+        """Caller holds the lock.  Raises NotReady in every state but ready."""
+        if self.state is not State.READY or self.port is None:
+            raise NotReady(f"instance {self.id} of {self.spec.model} is {self.state}")
+        lease = Lease(self.id, self.port, release)
+        self.leases.add(lease)
+        return lease
+
+    def record_failure(self, now: float) -> float | None:
+        """Count a failure; the seconds to wait before the next start, or None when it failed too often."""
+        self.failures.append(now)
+        while self.failures and now - self.failures[0] > FAILURE_WINDOW_S:
+            self.failures.popleft()
+        if len(self.failures) >= FAILURES_ALLOWED:
+            return None
+        return float(min(2 ** (len(self.failures) - 1), BACKOFF_LIMIT_S))
+
+    def idle_for(self, now: float) -> float:
+        """Seconds since its last request ended; 0 while one is running."""
+        return 0.0 if self.leases else max(0.0, now - self.last_used)
+
+    def expired(self, now: float) -> bool:
+        """Whether nobody wants it any more, by its own idle clock."""
+        return self.spec.timeout_s > 0 and not self.leases and now - self.last_used >= self.spec.timeout_s
+
+    def expires_in(self, now: float) -> float | None:
+        if self.spec.timeout_s <= 0 or self.state not in ACTIVE:
+            return None
+        return max(0.0, self.spec.timeout_s - self.idle_for(now))
+
+    def view(self, now: float, wall: float) -> InstanceView:
+        return InstanceView(
+            id=self.id, spec=self.spec, names=self.names, state=self.state, why=self.why, phase=self.phase,
+            progress=self.progress, port=self.port, pid=self.pid, devices=self.devices,
+            memory_planned_bytes=self.memory_planned_bytes, memory_measured_bytes=self.memory_measured_bytes,
+            in_flight=len(self.leases), created_at=self.created_at, last_used_at=wall - (now - self.last_used),
+            expires_in_s=self.expires_in(now), restarts=self.restarts,
+            retry_in_s=max(0.0, self.retry_at - now) if self.state is State.BACKOFF and self.retry_at else None,
+            last_error=self.last_error, log_path=self.log_path, engine=dict(self.engine))

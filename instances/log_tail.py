@@ -1,0 +1,75 @@
+"""Reads an engine's log for people: its last lines, and what comes after them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+BLOCK = 1 << 16
+POLL_S = 0.2
+
+
+def last_lines(path: Path, count: int) -> bytes:
+    """The last `count` lines, read from the end; empty when there is no log yet."""
+    return b"".join(_tail(path, count)[0])
+
+
+def follow(path: Path, count: int, ended: Callable[[], bool]) -> Iterator[bytes]:
+    """The last `count` lines, then every addition until `ended()`.  Starts anew where the file was cut or replaced.
+
+    Blocks between additions; asks `ended` five times a second.
+    """
+    lines, position = _tail(path, count)
+    if lines:
+        yield b"".join(lines)
+    identity = _identity(path)
+    while True:
+        last_round = ended()
+        if (found := _identity(path)) != identity or _size(path) < position:
+            identity, position = found, 0
+        if added := _read_from(path, position):
+            position += len(added)
+            yield added
+        elif last_round:
+            return
+        else:
+            time.sleep(POLL_S)
+
+
+def _tail(path: Path, count: int) -> tuple[list[bytes], int]:
+    try:
+        with open(path, "rb") as file:
+            end = position = file.seek(0, 2)
+            data = b""
+            while position > 0 and data.count(b"\n") <= count:
+                step = min(BLOCK, position)
+                position -= step
+                file.seek(position)
+                data = file.read(step) + data
+    except OSError:
+        return [], 0
+    return (data.splitlines(keepends=True)[-count:] if count else []), end
+
+
+def _read_from(path: Path, position: int) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            file.seek(position)
+            return file.read(BLOCK)
+    except OSError:
+        return b""
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _identity(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return None

@@ -1,0 +1,319 @@
+"""The data plane: model name -> backend -> lease -> relay.
+
+A request's body is read once, its model name found, a backend picked from a snapshot, a lease taken, and the bytes
+passed on unchanged in both directions.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import quote
+
+from flask import Blueprint, Request, Response, current_app, jsonify, request
+from werkzeug.exceptions import ClientDisconnected
+
+from errors import (
+    BadRequest,
+    Forbidden,
+    LoadFailed,
+    ManagerError,
+    ModelNotFound,
+    NotFound,
+    NotReady,
+    StartTimeout,
+    TooLarge,
+    UpstreamError,
+)
+from instance_manager import InstanceManager
+from instances.instance import Candidate, Lease, State
+from routing import balancer, paths, requested_model
+from routing.client_watch import ClientWatch, Watched
+from routing.relay import RelayStream
+from routing.upstream import ClientLeft, ConnectionRefused, Exchange, Upstream, request_headers, response_headers
+
+PICKS = 20                  # picks that may end in NotReady or a refused connection before the client is told
+LOOK_S = 0.5                # how often a waiting request looks whether its client is still there
+VERDICT_S = 1.0             # how long a broken request waits for the keeper to say why
+RESPONSES_REMEMBERED = 10_000
+BODYLESS = frozenset({204, 304})
+_RESPONSE_ID = re.compile(rb'"id"\s*:\s*"(resp_[\w-]{1,128})"')
+
+
+class EngineResponse(Response):
+    """The engine's own headers, with no content type added."""
+
+    default_mimetype = None
+
+
+class Router:
+    """Everything the data routes share.  `start` and `close` bound the life of its thread and connections."""
+
+    def __init__(self, manager: InstanceManager) -> None:
+        self.manager = manager
+        self.watch = ClientWatch()
+        self._upstream = Upstream(manager.settings.threads)
+        self._lock = threading.Lock()
+        self._response_owner: OrderedDict[str, str] = OrderedDict()
+
+    def start(self) -> None:
+        self.watch.start()
+
+    def close(self) -> None:
+        self.watch.close()
+        self._upstream.close()
+
+    # --- the ways in ----------------------------------------------------------------------------------------------
+
+    def by_model(self, incoming: Request, path: str) -> Response:
+        """Forward to a backend of the model that the body names; waits while that loads."""
+        body = self.read_body(incoming)
+        wanted = requested_model.find(incoming.headers.get("Content-Type", ""), body)
+        owner = self._owner(wanted.previous_response_id) if wanted.previous_response_id else None
+        with_id = self._remember if path == "/v1/responses" else None
+        return self._forward(incoming, path, body, lambda: self._backends(wanted.model), prefer=owner,
+                             what=wanted.model, with_id=with_id)
+
+    def to_instance(self, incoming: Request, instance_id: str, path: str) -> Response:
+        """Forward to this instance, whatever the body says; waits while it loads."""
+        if paths.is_dev_mode(path):
+            raise Forbidden(f"{path[:80]} is a development route of the engine and is never reachable through the "
+                            "daemon; see the management routes instead", code="dev_mode_path")
+        if paths.is_confusing(path):
+            raise BadRequest("the path holds dot segments, empty segments or control characters", param="path",
+                             code="invalid_path")
+        body = self.read_body(incoming)
+        return self._forward(incoming, path, body, lambda: self._one(instance_id), what=f"instance {instance_id}")
+
+    def to_response_owner(self, incoming: Request, response_id: str, path: str) -> Response:
+        """Forward to the instance that made this response; one that is not remembered is asked for everywhere."""
+        body = self.read_body(incoming)
+        owner = self._owner(response_id)
+        ready = [view.id for view in self.manager.snapshot() if view.state is State.READY]
+        for instance_id in [owner] if owner in ready else ready:
+            answer = self._forward(incoming, path, body, lambda one=instance_id: self._one(one),  # type: ignore[misc]
+                                   what=f"instance {instance_id}")
+            if answer.status_code != 404:
+                self._note_owner(response_id, instance_id)
+                return answer
+            if owner in ready:
+                return answer
+            answer.close()
+        raise NotFound(f"no running instance knows the response {response_id[:64]!r}", code="response_not_found",
+                       param="response_id")
+
+    def read_body(self, incoming: Request) -> bytes:
+        """The whole body.  Raises TooLarge, or BadRequest when it is shorter than its Content-Length."""
+        length = incoming.content_length
+        limit = self.manager.settings.max_request_bytes
+        if length is not None and length > limit:
+            raise TooLarge(f"the body has {length} bytes; MAX_REQUEST_BYTES allows {limit}")
+        try:
+            body: bytes = incoming.environ["wsgi.input"].read(length if length is not None else limit + 1)
+        except (OSError, ClientDisconnected) as error:
+            raise ClientLeft from error
+        if length is not None and len(body) < length:
+            raise BadRequest(f"the body ended after {len(body)} bytes; its Content-Length says {length}",
+                             code="incomplete_body")
+        if len(body) > limit:
+            raise TooLarge(f"the body has more than {limit} bytes; MAX_REQUEST_BYTES allows no more")
+        return body
+
+    # --- one exchange ---------------------------------------------------------------------------------------------
+
+    def _forward(self, incoming: Request, path: str, body: bytes, backends: Callable[[], list[Candidate]], *,
+                 what: str, prefer: str | None = None,
+                 with_id: Callable[[bytes, str], None] | None = None) -> Response:
+        watched = self.watch.add(incoming.environ["gunicorn.socket"])
+        try:
+            for _ in range(PICKS):
+                lease = self._acquire(backends, what, watched, prefer)
+                try:
+                    return self._exchange(incoming, path, body, lease, watched, with_id)
+                except ConnectionRefused:
+                    # Nothing was sent.  Its keeper will notice too; until then another one may serve.
+                    self.manager.wait_for_change(LOOK_S)
+            raise UpstreamError(f"{what} takes no connections although it should be ready; try again later")
+        except BaseException:
+            watched.close()
+            raise
+
+    def _exchange(self, incoming: Request, path: str, body: bytes, lease: Lease, watched: Watched,
+                  with_id: Callable[[bytes, str], None] | None) -> Response:
+        """Send, read the head, and hand what is held to a RelayStream.  Releases the lease if that fails."""
+        exchange = Exchange()
+        query = incoming.environ.get("QUERY_STRING", "")
+        url = f"http://127.0.0.1:{lease.port}{quote(path, safe=_PATH_SAFE)}{'?' + query if query else ''}"
+        payload = body if body or incoming.method in ("POST", "PUT", "PATCH") else None
+        try:
+            lease.on_cut(exchange.abort)
+            watched.on_gone(exchange.abort)
+            upstream = self._upstream.send(exchange, incoming.method, url,
+                                           request_headers(incoming.headers, payload), payload,
+                                           self.manager.settings.request_timeout_s)
+        except BaseException as error:
+            watched.on_gone(None)
+            exchange.detach()
+            try:
+                raise self._verdict(error, lease, watched) from error
+            finally:
+                lease.release()
+        on_first = (lambda piece: with_id(piece, lease.instance_id)) if with_id is not None else None
+        stream = RelayStream(upstream, exchange, lease, watched, on_first)
+        response = EngineResponse(stream, status=upstream.status, headers=response_headers(upstream),
+                                  direct_passthrough=True)
+        if incoming.method == "HEAD" or upstream.status in BODYLESS:
+            response.response = []
+            stream.close()
+        return response
+
+    def _verdict(self, error: BaseException, lease: Lease, watched: Watched) -> BaseException:
+        """What broke an exchange, as its client should hear it: its own leaving, the keeper's finding, the error."""
+        if watched.gone:
+            return ClientLeft()
+        if isinstance(error, ConnectionRefused) or not isinstance(error, UpstreamError):
+            return error
+        deadline = time.monotonic() + VERDICT_S
+        while lease.cut_error is None and time.monotonic() < deadline:
+            found = self.manager.problem_of(lease.instance_id)
+            if found is None or found[0] is not State.READY:
+                problem = found[1] if found is not None else None
+                return UpstreamError(problem.message, code=problem.code) if problem is not None else error
+            self.manager.wait_for_change(0.05)
+        return lease.cut_error or error
+
+    def _acquire(self, backends: Callable[[], list[Candidate]], what: str, watched: Watched,
+                 prefer: str | None) -> Lease:
+        """A lease on a ready backend; waits while one is loading.
+
+        Raises ModelNotFound/NotFound (from `backends`), LoadFailed with the cause, StartTimeout, ClientLeft.
+        """
+        deadline: float | None = None
+        while True:
+            candidates = backends()
+            chosen = balancer.pick(candidates, prefer)
+            if chosen is not None:
+                try:
+                    return self.manager.lease(chosen)
+                except (NotReady, NotFound):
+                    continue
+            self._raise_if_failed(candidates, what)
+            now = time.monotonic()
+            if deadline is None:
+                deadline = now + self._patience_s(candidates)
+            if now >= deadline:
+                raise StartTimeout(f"{what} is still loading; GET /instances shows how far it is", retry_after_s=10)
+            if watched.gone:
+                raise ClientLeft
+            self.manager.wait_for_change(min(LOOK_S, deadline - now), wanted=[one.id for one in candidates])
+
+    def _patience_s(self, candidates: list[Candidate]) -> float:
+        if (patience_s := self.manager.settings.request_queue_timeout_s) is not None:
+            return patience_s
+        try:
+            return max(self.manager.start_deadline_s(one.id) for one in candidates)
+        except NotFound:
+            return LOOK_S
+
+    def _raise_if_failed(self, candidates: list[Candidate], what: str) -> None:
+        if any(candidate.state in (State.STARTING, State.BACKOFF) for candidate in candidates):
+            return
+        failed = next((one for one in candidates if one.state is State.FAILED), None)
+        found = self.manager.problem_of(failed.id) if failed is not None else None
+        if found is not None and found[1] is not None:
+            raise LoadFailed(found[1].message, code=found[1].code, status=found[1].status, param="model")
+        raise ManagerError(f"{what} is being stopped; create it again with POST /instances", code="stopping",
+                           retry_after_s=5)
+
+    def _backends(self, model: str) -> list[Candidate]:
+        candidates = self.manager.candidates(model)
+        if not candidates:
+            names = self.manager.model_names()
+            listed = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+            raise ModelNotFound(f"the model {model[:256]!r} is not active. Active: {listed or 'none'}. Start one with "
+                                "POST /instances", param="model")
+        return candidates
+
+    def _one(self, instance_id: str) -> list[Candidate]:
+        view = self.manager.get(instance_id)
+        return [Candidate(view.id, view.state, view.in_flight)]
+
+    # --- which instance made a response ---------------------------------------------------------------------------
+
+    def _remember(self, first_piece: bytes, instance_id: str) -> None:
+        if found := _RESPONSE_ID.search(first_piece):
+            self._note_owner(found[1].decode(), instance_id)
+
+    def _note_owner(self, response_id: str, instance_id: str) -> None:
+        with self._lock:
+            self._response_owner[response_id] = instance_id
+            self._response_owner.move_to_end(response_id)
+            while len(self._response_owner) > RESPONSES_REMEMBERED:
+                self._response_owner.popitem(last=False)
+
+    def _owner(self, response_id: str) -> str | None:
+        with self._lock:
+            return self._response_owner.get(response_id)
+
+
+_PATH_SAFE = "/:@!$&'()*+,;=-._~"
+ANY = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+
+blueprint = Blueprint("router", __name__)
+
+
+def _router() -> Router:
+    router: Router = current_app.extensions["router"]
+    return router
+
+
+def _by_model() -> Response:
+    return _router().by_model(request, request.path)
+
+
+for _path in paths.BY_MODEL:
+    blueprint.add_url_rule(_path, endpoint=_path.strip("/").replace("/", "_"), view_func=_by_model, methods=["POST"])
+
+
+@blueprint.get("/v1/responses/<response_id>")
+def get_response(response_id: str) -> Response:
+    return _router().to_response_owner(request, response_id, request.path)
+
+
+@blueprint.post("/v1/responses/<response_id>/cancel")
+def cancel_response(response_id: str) -> Response:
+    return _router().to_response_owner(request, response_id, request.path)
+
+
+@blueprint.route("/proxy/<instance_id>/", defaults={"path": ""}, methods=ANY)
+@blueprint.route("/proxy/<instance_id>/<path:path>", methods=ANY)
+def proxy(instance_id: str, path: str) -> Response:
+    return _router().to_instance(request, instance_id, "/" + path)
+
+
+@blueprint.get("/v1/models")
+def list_models() -> Response:
+    entries: dict[str, dict[str, Any]] = {}
+    for view in _router().manager.snapshot():
+        for name in view.names:
+            entry = entries.setdefault(name, {
+                "id": name, "object": "model", "created": int(view.created_at), "owned_by": "vllm-server",
+                "root": view.spec.model, "status": str(view.state), "instances": []})
+            entry["instances"].append({"id": view.id, "status": str(view.state)})
+            if view.state is State.READY:
+                entry["status"] = str(view.state)
+    return jsonify(object="list", data=sorted(entries.values(), key=lambda entry: entry["id"]))
+
+
+@blueprint.get("/v1/models/<path:name>")
+def get_model(name: str) -> Response:
+    models = list_models().get_json()["data"]
+    for entry in models:
+        if entry["id"] == name or "/" + name == entry["id"]:
+            return jsonify(entry)
+    raise ModelNotFound(f"the model {name[:256]!r} is not active. Active: "
+                        f"{', '.join(_router().manager.model_names()[:20]) or 'none'}", param="model")

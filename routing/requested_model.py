@@ -1,0 +1,82 @@
+"""Finds the model name in a request body, without changing or keeping the body.  Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import orjson
+from werkzeug.http import parse_options_header
+from werkzeug.sansio.multipart import Data, Epilogue, Field, File, MultipartDecoder, NeedData
+
+from errors import BadRequest, UnsupportedMediaType
+
+MAX_NAME = 1024
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What routing needs to know of a body."""
+
+    model: str
+    stream: bool = False
+    previous_response_id: str | None = None
+
+
+def find(content_type: str, body: bytes) -> Wanted:
+    """The model that a JSON or multipart body names.
+
+    Raises BadRequest (no JSON, no object, no model, not a string) or UnsupportedMediaType.
+    """
+    kind, options = parse_options_header(content_type)
+    if kind == "multipart/form-data":
+        return _in_form(body, options.get("boundary", ""))
+    if kind in ("", "application/json") or kind.endswith("+json"):
+        return _in_json(body)
+    raise UnsupportedMediaType(f"cannot read a model name from a body of type {kind[:80]!r}: send application/json "
+                               "or multipart/form-data", param="Content-Type")
+
+
+def _in_json(body: bytes) -> Wanted:
+    try:
+        data = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise BadRequest(f"the body is not valid JSON: {error}", code="invalid_json") from None
+    if not isinstance(data, dict):
+        raise BadRequest("the body must be a JSON object with a \"model\"", code="invalid_json")
+    previous = data.get("previous_response_id")
+    return Wanted(model=_checked(data.get("model")), stream=data.get("stream") is True,
+                  previous_response_id=previous if isinstance(previous, str) else None)
+
+
+def _in_form(body: bytes, boundary: str) -> Wanted:
+    if not boundary:
+        raise BadRequest("multipart/form-data without a boundary", param="Content-Type", code="invalid_form")
+    decoder = MultipartDecoder(boundary.encode("latin-1", "replace"), max_parts=1000)
+    fields: dict[str, bytearray] = {}
+    current: bytearray | None = None
+    try:
+        decoder.receive_data(body)
+        decoder.receive_data(None)
+        while not isinstance(event := decoder.next_event(), (Epilogue, NeedData)):
+            if isinstance(event, Field):
+                current = fields.setdefault(event.name, bytearray())
+            elif isinstance(event, File):
+                current = None
+            elif isinstance(event, Data) and current is not None:
+                current += event.data
+    except (ValueError, UnicodeDecodeError) as error:
+        raise BadRequest(f"the multipart body cannot be read: {error}", code="invalid_form") from None
+    model = fields.get("model")
+    return Wanted(model=_checked(model.decode("utf-8", "replace") if model is not None else None),
+                  stream=fields.get("stream", b"").strip().lower() in (b"true", b"1"))
+
+
+def _checked(model: object) -> str:
+    if model is None:
+        raise BadRequest("the request names no model: add \"model\" to the body (GET /v1/models lists them)",
+                         param="model", code="missing_model")
+    if not isinstance(model, str) or not model:
+        raise BadRequest("\"model\" must be a string that is not empty", param="model", code="invalid_model")
+    if len(model) > MAX_NAME:
+        raise BadRequest(f"\"model\" is longer than {MAX_NAME} characters", param="model", code="invalid_model")
+    return model

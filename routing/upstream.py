@@ -1,0 +1,210 @@
+"""Sends one request to one engine and reads the head of its answer.
+
+`requests` does it, without the part of a Session that costs a request half a millisecond (netrc, proxies of the
+environment, cookies): a PreparedRequest made by hand goes to an HTTPAdapter, which answers with urllib3's response.
+The adapter's pool tells the exchange which socket it uses, so that another thread can end it at any time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import requests
+import urllib3
+from requests.adapters import HTTPAdapter
+from urllib3.connection import HTTPConnection
+from urllib3.connectionpool import HTTPConnectionPool
+from urllib3.util import SKIP_HEADER
+
+from errors import DaemonError, UpstreamError, UpstreamTimeout
+
+IDLE_LIMIT_S = 4.0      # the engine closes a connection that idles for 5 s (uvicorn); never be the second to know
+CONNECT_TIMEOUT_S = 10.0
+POOLS = 1024            # one a backend
+
+HOP_BY_HOP = frozenset({
+    "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
+    "transfer-encoding", "upgrade"})
+"""RFC 9110, 7.6.1, and what common practice adds; each belongs to one connection."""
+
+_NOT_FORWARDED = HOP_BY_HOP | {"host", "content-length", "expect", "authorization", "x-api-key"}
+"""Keys are for the daemon; length and host are set anew."""
+
+_NOT_RETURNED = HOP_BY_HOP | {"server", "date"}
+
+
+class ClientLeft(Exception):
+    """The client closed its connection; nobody reads an answer."""
+
+
+class ConnectionRefused(UpstreamError):
+    """Nothing was sent: safe to try elsewhere."""
+
+    code = "engine_unreachable"
+
+
+class Exchange:
+    """One request to one engine, which any thread may `abort`."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._socket: socket.socket | None = None
+        self.aborted = False
+        self.reused = False
+
+    def attach(self, sock: socket.socket, *, reused: bool) -> None:
+        with self._lock:
+            self._socket, self.reused = sock, reused
+            aborted = self.aborted
+        if aborted:
+            _shut(sock)
+
+    def detach(self) -> None:
+        """The connection is done with (back in its pool, or handed on): an abort must not touch it any more."""
+        with self._lock:
+            self._socket = None
+
+    def abort(self) -> None:
+        """End it now, whatever its thread waits for: that sees a closed connection."""
+        with self._lock:
+            self.aborted = True
+            if self._socket is not None:
+                _shut(self._socket)
+
+
+def _shut(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+
+
+class _Current(threading.local):
+    exchange: Exchange | None = None
+
+
+_current = _Current()
+
+
+class _Connection(HTTPConnection):
+    idle_since = 0.0
+
+    def connect(self) -> None:
+        super().connect()
+        if _current.exchange is not None and self.sock is not None:
+            _current.exchange.attach(self.sock, reused=False)
+
+
+class _Pool(HTTPConnectionPool):
+    ConnectionCls = _Connection
+
+    def _get_conn(self, timeout: float | None = None) -> Any:
+        connection = super()._get_conn(timeout)
+        if isinstance(connection, _Connection) and connection.sock is not None:
+            if time.monotonic() - connection.idle_since > IDLE_LIMIT_S:
+                connection.close()
+            elif _current.exchange is not None:
+                _current.exchange.attach(connection.sock, reused=True)
+        return connection
+
+    def _put_conn(self, conn: Any) -> None:
+        if isinstance(conn, _Connection):
+            conn.idle_since = time.monotonic()
+        super()._put_conn(conn)
+
+
+class _Adapter(HTTPAdapter):
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, **kwargs)
+        self.poolmanager.pool_classes_by_scheme = {"http": _Pool}
+
+    def build_response(self, req: requests.PreparedRequest, resp: Any) -> Any:
+        """urllib3's response as it is: its bytes pass on unread."""
+        return resp
+
+
+class Upstream:
+    """Thread-safe; keeps idle connections to each engine for up to IDLE_LIMIT_S seconds."""
+
+    def __init__(self, connections: int) -> None:
+        self._adapter = _Adapter(pool_connections=POOLS, pool_maxsize=connections, max_retries=0)
+
+    def send(self, exchange: Exchange, method: str, url: str, headers: dict[str, str], body: bytes | None,
+             timeout_s: float) -> urllib3.HTTPResponse:
+        """The answer with its head read and its body not.  Blocks up to `timeout_s` seconds for the head.
+
+        A pooled connection that the engine had closed meanwhile is tried once more on a fresh one.  Raises
+        ConnectionRefused when nothing was sent, else UpstreamError or UpstreamTimeout.
+        """
+        request = requests.PreparedRequest()
+        request.method, request.url, request.body = method, url, body
+        request.headers = headers  # type: ignore[assignment]
+        _current.exchange = exchange
+        try:
+            with upstream_errors():
+                try:
+                    return self._send(request, timeout_s)
+                except requests.ConnectionError:
+                    if not exchange.reused or exchange.aborted:
+                        raise
+                    return self._send(request, timeout_s)
+        finally:
+            _current.exchange = None
+
+    def _send(self, request: requests.PreparedRequest, timeout_s: float) -> urllib3.HTTPResponse:
+        response: Any = self._adapter.send(request, stream=True, timeout=(CONNECT_TIMEOUT_S, timeout_s), proxies={})
+        return response  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        self._adapter.close()
+
+
+@contextlib.contextmanager
+def upstream_errors() -> Iterator[None]:
+    """Foreign exceptions of sending, reading and closing become ours, here and nowhere else."""
+    try:
+        yield
+    except DaemonError:
+        raise
+    except (requests.ConnectTimeout, requests.ReadTimeout, urllib3.exceptions.ReadTimeoutError) as error:
+        raise UpstreamTimeout("the engine did not answer in time (REQUEST_TIMEOUT)") from error
+    except requests.ConnectionError as error:
+        reason = getattr(error.args[0], "reason", None) if error.args else None
+        if isinstance(reason, urllib3.exceptions.NewConnectionError):
+            raise ConnectionRefused("the engine takes no connections") from error
+        raise UpstreamError("the engine closed the connection before it answered") from error
+    except (requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException, OSError) as error:
+        raise UpstreamError(f"the connection to the engine broke ({type(error).__name__})") from error
+
+
+def request_headers(incoming: Iterator[tuple[str, str]] | Any, body: bytes | None) -> dict[str, str]:
+    """The client's headers for the engine: without hop-by-hop ones, keys, and those that `Connection` names.
+
+    Repeated headers are joined with commas (RFC 9110, 5.3).
+    """
+    headers: dict[str, str] = {}
+    named: set[str] = set()
+    for name, value in incoming:
+        lower = name.lower()
+        if lower == "connection":
+            named.update(token.strip().lower() for token in value.split(","))
+        if lower not in _NOT_FORWARDED:
+            headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    for name in [name for name in headers if name.lower() in named]:
+        del headers[name]
+    present = {name.lower() for name in headers}
+    for name in ("User-Agent", "Accept-Encoding"):
+        if name.lower() not in present:
+            headers[name] = SKIP_HEADER
+    if body is not None:
+        headers["Content-Length"] = str(len(body))
+    return headers
+
+
+def response_headers(response: urllib3.HTTPResponse) -> list[tuple[str, str]]:
+    """The engine's headers for the client, repeated ones kept apart."""
+    return [(name, value) for name, value in response.headers.iteritems() if name.lower() not in _NOT_RETURNED]
