@@ -23,7 +23,7 @@ MAX_DETAIL_CHARS = 500
 MAX_QUOTE_CHARS = 240           # of one figure or text of the log within a message
 
 NUMBER = r"\d{1,15}(?:\.\d{1,15})?"
-ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07]*\x07|[@-Z\\-_])")
+ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07]{0,200}\x07|[@-Z\\-_])")
 LINE = re.compile(r"(?:\((?P<process>[\w.-]+) pid=\d+\) ?)?"
                   r"(?:(?P<level>[A-Z]+) \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]*\] ?)?(?P<message>.*)", re.DOTALL)
 UVICORN = re.compile(r"(?:INFO|WARNING|DEBUG): {2,}")
@@ -111,16 +111,16 @@ def row(code: str, status: int, permanent: bool, pattern: str, sentence: str, su
 # The first row that matched anywhere is the cause: rows with more figures stand before vaguer ones of the same kind,
 # and what others lead to (a validation error, an unreachable hub) stands last.
 CAUSES = (
-    row("bad_flag", 400, True, r"vllm[\w ]*: error: unrecognized arguments: (?P<flags>-.*)",
+    row("bad_flag", 400, True, r"vllm[\w ]{0,40}: error: unrecognized arguments: (?P<flags>-.*)",
         "vLLM does not know {flags}: correct or remove it in the params of {model}."),
-    row("bad_flag", 400, True, r"vllm[\w ]*: error: unrecognized arguments: (?P<value>.*)",
+    row("bad_flag", 400, True, r"vllm[\w ]{0,40}: error: unrecognized arguments: (?P<value>.*)",
         "vLLM has no place for the value {value}: a switch takes none, so give it as true or false in the params of"
         " {model} (on the command line --x or --no-x)."),
-    row("bad_flag_value", 400, True, r"vllm[\w ]*: error: argument (?P<flag>[^\s:]+): (?P<why>.*)",
+    row("bad_flag_value", 400, True, r"vllm[\w ]{0,40}: error: argument (?P<flag>[^\s:]+): (?P<why>.*)",
         "vLLM refuses the value of {flag}: {why}; correct it in the params of {model}."),
-    row("bad_flag_value", 400, True, r"vllm[\w ]*: error: (?P<why>.*)",
+    row("bad_flag_value", 400, True, r"vllm[\w ]{0,40}: error: (?P<why>.*)",
         "vLLM refuses its flags: {why}; correct the params of {model}."),
-    row("port_in_use", 503, False, r"\[Errno 98\].*[Aa]ddress already in use",
+    row("port_in_use", 503, False, r"\[Errno 98\].{0,200}[Aa]ddress already in use",
         "The port{port} is taken by another process; the next try uses another one."),
     row("max_model_len_too_large", 400, True,
         r"max_model_len \((?P<asked>\d{1,15})\) is greater than the derived max_model_len \([\w.]+=(?P<fits>\d{1,15})",
@@ -179,7 +179,7 @@ CAUSES = (
     row("no_weights", 404, True, r"Cannot find any model weights with `(?P<place>[^`]*)`",
         "There are no weights (*.safetensors, *.bin or *.pt) in {place}: complete the model's files."),
     row("unsupported_architecture", 400, True,
-        r"Model architectures? \[?(?P<name>[^\]]*?)\]? (?:is|are) not supported",
+        r"Model architectures? \[?(?P<name>[^\]]{0,300}?)\]? (?:is|are) not supported",
         "This vLLM cannot run the architecture {name} of {model}: use a newer vLLM or another model."),
     row("unsupported_architecture", 400, True,
         r"has model type `(?P<name>[^`]*)` but Transformers does not recognize this architecture",
@@ -199,7 +199,7 @@ CAUSES = (
         r"is not a (?:valid model identifier listed on|local folder or a valid repository name)|Repository Not Found",
         "{model} is neither a folder here nor a model on the hub: check its name, and give a token (HF_TOKEN) if it is"
         " private."),
-    row("model_not_found", 404, True, r"(?P<revision>\S+) is not a valid git identifier",
+    row("model_not_found", 404, True, r"(?P<revision>\S{1,100}) is not a valid git identifier",
         "{model} has no revision {revision}: correct the revision in its params."),
     row("bad_model_path", 404, True, r"Repo id must (?:be in the form|use alphanumeric)",
         "There is no folder {model} on this machine, and it is no name of a model on the hub (name or owner/name):"
