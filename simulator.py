@@ -9,16 +9,19 @@ deaths) is listed in simulation/knobs.py; what its processes do when they are ki
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
 import sys
 import time
+from importlib import import_module
 
 
 def main(argv: list[str]) -> int:
     """The exit code; every child is dead when it returns."""
     started_at = time.monotonic()
+    gc.disable()                                    # nothing to collect while modules are imported
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)       # a signal while it loads is swallowed, as vLLM's
     from simulation.flags import parse
@@ -44,10 +47,13 @@ def main(argv: list[str]) -> int:
         return 1
     ledger = Ledger(options, knobs)
     try:
-        processes = load(options, knobs, ledger, started_at)
+        # asyncio is slow to import: that is done while the engine starts
+        processes = load(options, knobs, ledger, started_at, lambda: import_module("simulation.server"))
     except StartFailed:
         return 1
-    from simulation.server import run  # asyncio is slow to import: the engine starts meanwhile
+    from simulation.server import run
+    gc.freeze()
+    gc.enable()
     run(options, knobs, ledger, processes, listener, address)
     return 0
 

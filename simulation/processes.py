@@ -13,7 +13,7 @@ import select
 import signal
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,15 +56,20 @@ class EngineProcess:
         return tuple((worker.pid, worker.name) for worker in self.workers) or ((self.pid, self.name),)
 
 
-def spawn_engines(options: Options, knobs: Knobs) -> list[EngineProcess]:
-    """Forks them and returns when each has its title, memory and sockets.  Raises OSError when one cannot have them."""
+def spawn_engines(options: Options, knobs: Knobs, meanwhile: Callable[[], object]) -> list[EngineProcess]:
+    """Forks them, runs `meanwhile`, and returns when each has its title, memory and sockets.
+
+    Raises OSError when one cannot have them.
+    """
     resource_tracker.ensure_running()
     ranks = range(options.data_parallel_size)
-    return [_spawn_engine(f"EngineCore_DP{rank}" if len(ranks) > 1 else "EngineCore", rank, options, knobs)
-            for rank in ranks]
+    forked = [_fork_engine(f"EngineCore_DP{rank}" if len(ranks) > 1 else "EngineCore", rank, options, knobs)
+              for rank in ranks]
+    meanwhile()
+    return [_await_report(engine) for engine in forked]
 
 
-def _spawn_engine(name: str, rank: int, options: Options, knobs: Knobs) -> EngineProcess:
+def _fork_engine(name: str, rank: int, options: Options, knobs: Knobs) -> EngineProcess:
     alive_read, alive_write = os.pipe()
     control_read, control_write = os.pipe()
     pid = os.fork()
@@ -72,12 +77,17 @@ def _spawn_engine(name: str, rank: int, options: Options, knobs: Knobs) -> Engin
         _in_child(lambda: run_engine(name, rank, options, knobs, alive_write, control_read))
     os.close(alive_write)
     os.close(control_read)
-    report = os.read(alive_read, 65536).decode()
+    return EngineProcess(pid, name, (), alive_read, control_write)
+
+
+def _await_report(engine: EngineProcess) -> EngineProcess:
+    """The engine with its workers, which it names when it is ready."""
+    report = os.read(engine.alive_fd, 65536).decode()
     if not report.startswith("ready"):
-        os.waitpid(pid, 0)
-        raise OSError(report or f"{name} died while it started")
+        os.waitpid(engine.pid, 0)
+        raise OSError(report or f"{engine.name} died while it started")
     workers = (Worker(int(number), label) for number, label in (item.split("=") for item in report.split()[1:]))
-    return EngineProcess(pid, name, tuple(workers), alive_read, control_write)
+    return replace(engine, workers=tuple(workers))
 
 
 def worker_names(rank: int, options: Options, knobs: Knobs) -> list[str]:

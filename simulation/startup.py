@@ -48,8 +48,12 @@ def runner_of(options: Options) -> str:
     return "pooling" if any(word in name for word in ("bert", "embed", "rerank")) else "generate"
 
 
-def load(options: Options, knobs: Knobs, ledger: Ledger, started_at: float) -> list[EngineProcess]:
-    """Prints the phases and makes the engines.  Raises StartFailed with everything printed and no child left."""
+def load(options: Options, knobs: Knobs, ledger: Ledger, started_at: float,
+         meanwhile: Callable[[], object]) -> list[EngineProcess]:
+    """Prints the phases and makes the engines; `meanwhile` runs while these start.
+
+    Raises StartFailed with everything printed and no child left.
+    """
     failure = planned_failure(options, knobs)
     deadline = started_at
     log("APIServer", LOGO.format(version=VERSION, model=options.model), where="api_utils.py:347")
@@ -61,7 +65,7 @@ def load(options: Options, knobs: Knobs, ledger: Ledger, started_at: float) -> l
             _fail(failure, started_at + (knobs.fail_after_s or 0), [])
         phase.print()
     try:
-        engines = spawn_engines(options, knobs)
+        engines = spawn_engines(options, knobs, meanwhile)
     except OSError as error:
         log("EngineCore", f"EngineCore failed to start.\n{error}", where="core.py:1510", level="ERROR")
         print_lost_engine()
