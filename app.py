@@ -98,7 +98,8 @@ class Daemon:
 
     def service(self) -> Service:
         app = create_app(Deps(self.manager, self.router, self.reload))
-        return Service(wsgi=app, start=self.start, stop=self.stop, reload=self.reload_and_log)
+        return Service(wsgi=app, start=self.start, stop=self.stop, reload=self.reload_and_log,
+                       streams=self.router.streams)
 
     def start(self) -> None:
         self.router.start()

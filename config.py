@@ -138,6 +138,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(SERVER, "APP_KEEPALIVE", "keepalive_s", "75", _whole(0, _LONGEST_WAIT_S),
             "Seconds an idle client connection stays open"),
     Setting(SERVER, "APP_MAX_CONNECTIONS", "max_connections", "12000", _COUNT, "Most client connections at once"),
+    Setting(SERVER, "RELAYS", "relays", "1", _whole(0, 64),
+            "Processes that carry streams; more on many cores, 0: request threads carry them"),
     Setting(SERVER, "MAX_REQUEST_BYTES", "max_request_bytes", "100MiB", _size, "Largest request body; beyond it: 413"),
     Setting(SERVER, "LOG_LEVEL", "log_level", "INFO", _level, "DEBUG, INFO, WARNING, ERROR or CRITICAL"),
     Setting(SERVER, "ACCESS_LOG", "access_log", "false", _boolean, "Log one line for each request"),
@@ -209,6 +211,7 @@ class Settings:
     threads: int
     keepalive_s: int
     max_connections: int
+    relays: int
     log_level: str
     access_log: bool
     max_request_bytes: int

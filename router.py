@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote
 
+import urllib3
 from flask import Blueprint, Request, Response, current_app, jsonify, request
 from werkzeug.exceptions import ClientDisconnected
 
@@ -33,7 +34,8 @@ from instance_manager import InstanceManager
 from instances.instance import Candidate, Lease, State
 from routing import balancer, paths, requested_model
 from routing.client_watch import ClientWatch, Watched
-from routing.relay import RelayStream
+from routing.relay import RelayStream, TakenOver, may_be_taken_over, take_over
+from routing.relay_process import Relays
 from routing.upstream import ClientLeft, ConnectionRefused, Exchange, Upstream, request_headers, response_headers
 
 PICKS = 20                  # picks that may end in NotReady or a refused connection before the client is told
@@ -56,14 +58,23 @@ class Router:
     def __init__(self, manager: InstanceManager) -> None:
         self.manager = manager
         self.watch = ClientWatch()
+        self.relays = Relays(manager.settings.relays) if manager.settings.relays else None
         self._upstream = Upstream(manager.settings.threads)
         self._lock = threading.Lock()
         self._response_owner: OrderedDict[str, str] = OrderedDict()
 
     def start(self) -> None:
         self.watch.start()
+        if self.relays is not None:
+            self.relays.start()
+
+    def streams(self) -> int:
+        """Connections that relays carry."""
+        return self.relays.open_count() if self.relays is not None else 0
 
     def close(self) -> None:
+        if self.relays is not None:
+            self.relays.close()
         self.watch.close()
         self._upstream.close()
 
@@ -163,6 +174,8 @@ class Router:
             finally:
                 lease.release()
         on_first = (lambda piece: with_id(piece, lease.instance_id)) if with_id is not None else None
+        if self._relayed(incoming, upstream, exchange, lease, watched, on_first):
+            return Response(TakenOver(), direct_passthrough=True)
         stream = RelayStream(upstream, exchange, lease, watched, on_first)
         response = EngineResponse(stream, status=upstream.status, headers=response_headers(upstream),
                                   direct_passthrough=True)
@@ -170,6 +183,23 @@ class Router:
             response.response = []
             stream.close()
         return response
+
+    def _relayed(self, incoming: Request, upstream: urllib3.HTTPResponse, exchange: Exchange, lease: Lease,
+                 watched: Watched, on_first: Callable[[bytes], None] | None) -> bool:
+        """Whether a relay process has taken the stream over.  Releases what is held if that fails."""
+        if self.relays is None or not may_be_taken_over(incoming.method, incoming.environ["SERVER_PROTOCOL"], upstream):
+            return False
+        client = incoming.environ["gunicorn.socket"]
+        try:
+            if take_over(self.relays, client, upstream, exchange, lease, watched, on_first):
+                return True
+        except BaseException:
+            upstream.close()
+            lease.release()
+            raise
+        lease.on_cut(exchange.abort)
+        watched.watch_again(exchange.abort)
+        return False
 
     def _verdict(self, error: BaseException, lease: Lease, watched: Watched) -> BaseException:
         """What broke an exchange, as its client should hear it: its own leaving, the keeper's finding, the error."""

@@ -30,6 +30,11 @@ class Watched:
         if callback is not None and self.gone:
             callback()
 
+    def watch_again(self, callback: Callable[[], None]) -> None:
+        """After a `close`, when the socket is this request's again."""
+        self._watch.put(self._fd, self)
+        self.on_gone(callback)
+
     def close(self) -> None:
         """Before the socket is used for its next request or closed.  A second call does nothing."""
         self._watch.remove(self._fd, self)
@@ -55,6 +60,10 @@ class ClientWatch:
     def add(self, client: socket.socket) -> Watched:
         fd = client.fileno()
         watched = Watched(self, fd)
+        self.put(fd, watched)
+        return watched
+
+    def put(self, fd: int, watched: Watched) -> None:
         with self._lock:
             self._watched[fd] = watched
             try:
@@ -62,7 +71,6 @@ class ClientWatch:
             except OSError:
                 watched.gone = True
                 self._watched.pop(fd, None)
-        return watched
 
     def remove(self, fd: int, watched: Watched) -> None:
         with self._lock:

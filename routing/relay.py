@@ -8,20 +8,27 @@ from __future__ import annotations
 
 import errno
 import logging
+import socket
 from collections.abc import Callable, Iterator
+from email.utils import formatdate
+from typing import Any
 
 import orjson
 import urllib3
 
-from errors import DaemonError, UpstreamError
+from errors import DaemonError, EngineDied, UpstreamError
 from instances.instance import Lease
 from routing.client_watch import Watched
-from routing.upstream import Exchange, upstream_errors
+from routing.framing import CHUNKED, EOF
+from routing.relay_process import Relays, RelayUnavailable
+from routing.relay_wire import RELAY_DIED, UPSTREAM_CUT, Ended
+from routing.upstream import Exchange, response_headers, upstream_errors
 
 log = logging.getLogger("vllm_server.relay")
 
 READ_BYTES = 1 << 16
 SSE = "text/event-stream"
+CUT_MESSAGE = orjson.dumps(EngineDied("the engine died in the middle of its answer").envelope())
 
 
 class RelayStream:
@@ -94,6 +101,82 @@ class RelayStream:
         log.warning("an answer of instance %s was cut: %s", self._lease.instance_id, error.message)
         if self._events and self._between_events:
             yield error_event(error)
+
+
+class TakenOver:
+    """What a view returns whose answer a relay carries: the server finds that the socket is no longer its own."""
+
+    def __iter__(self) -> Iterator[bytes]:
+        raise OSError(errno.ENOTCONN, "the connection was handed to a relay")
+
+
+def may_be_taken_over(method: str, protocol: str, response: urllib3.HTTPResponse) -> bool:
+    """Whether a relay can carry this answer: a stream, whose framing may pass to this client as it is.
+
+    An HTTP/1.0 client must not see chunks; an answer with a length is short or, if it is long, still better off with
+    a connection that stays usable.
+    """
+    return method != "HEAD" and protocol == "HTTP/1.1" and response.status >= 200 \
+        and response.status not in (204, 304) and "content-length" not in response.headers
+
+
+def take_over(relays: Relays, client: socket.socket, response: urllib3.HTTPResponse, exchange: Exchange, lease: Lease,
+              watched: Watched, on_first: Callable[[bytes], None] | None = None) -> bool:
+    """Hand the rest of an exchange to a relay process.  False, with nothing changed, when none can take it.
+
+    Blocks for the body's first bytes only if somebody wants to see them (`on_first`).  The lease is released when
+    the relay reports the end.
+    """
+    upstream = exchange.socket
+    if upstream is None:
+        return False
+    read = buffered(response, upstream, wait=on_first is not None)
+    if on_first is not None:
+        on_first(read)
+    head = response_head(response)
+    framing = CHUNKED if response.chunked else EOF
+
+    def ended(end: Ended) -> None:
+        if end.by in (UPSTREAM_CUT, RELAY_DIED):
+            log.warning("a stream of instance %s was cut after %d bytes (%s)", lease.instance_id, end.bytes_to_client,
+                        end.by)
+        lease.release(ok=end.complete)
+
+    lease.on_cut(None)
+    watched.close()
+    try:
+        taken = relays.hand_over(client, upstream, to_client=head + read, framing=framing, body_at=len(head),
+                                 on_end=ended, sse=response.headers.get("content-type", "").startswith(SSE),
+                                 cut_message=CUT_MESSAGE)
+    except RelayUnavailable as error:
+        log.warning("a request thread carries a stream: %s", error)
+        return False
+    exchange.detach()
+    response.close()
+    lease.on_cut(lambda: relays.cut(taken, orjson.dumps(lease.cut_error.envelope()) if lease.cut_error else b""))
+    return True
+
+
+def buffered(response: urllib3.HTTPResponse, upstream: socket.socket, *, wait: bool) -> bytes:
+    """What was read of the body together with the head; with `wait`, at least its first bytes.  It stays readable."""
+    reader: Any = response._fp.fp  # type: ignore[union-attr]  # http.client's buffered reader: the only way to its buffer
+    timeout_s = upstream.gettimeout()
+    try:
+        if not wait:
+            upstream.setblocking(False)
+        with upstream_errors():
+            return bytes(reader.peek())
+    finally:
+        upstream.settimeout(timeout_s)
+
+
+def response_head(response: urllib3.HTTPResponse) -> bytes:
+    """The engine's head for the client of a stream, whose connection ends with it."""
+    lines = [f"HTTP/1.1 {response.status} {response.reason or ''}", f"Date: {formatdate(usegmt=True)}",
+             *(f"{name}: {value}" for name, value in response_headers(response))]
+    if response.chunked:
+        lines.append("Transfer-Encoding: chunked")
+    return "\r\n".join([*lines, "Connection: close", "", ""]).encode("latin-1")
 
 
 def error_event(error: DaemonError) -> bytes:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import socket
 import threading
 import time
 from collections.abc import Iterator
+from socket import SHUT_RDWR
+from socket import socket as Socket
 from typing import Any
 
 import requests
@@ -54,16 +55,20 @@ class Exchange:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._socket: socket.socket | None = None
+        self._socket: Socket | None = None
         self.aborted = False
         self.reused = False
 
-    def attach(self, sock: socket.socket, *, reused: bool) -> None:
+    def attach(self, sock: Socket, *, reused: bool) -> None:
         with self._lock:
             self._socket, self.reused = sock, reused
             aborted = self.aborted
         if aborted:
             _shut(sock)
+
+    @property
+    def socket(self) -> Socket | None:
+        return self._socket
 
     def detach(self) -> None:
         """The connection is done with (back in its pool, or handed on): an abort must not touch it any more."""
@@ -78,9 +83,9 @@ class Exchange:
                 _shut(self._socket)
 
 
-def _shut(sock: socket.socket) -> None:
+def _shut(sock: Socket) -> None:
     with contextlib.suppress(OSError):
-        sock.shutdown(socket.SHUT_RDWR)
+        sock.shutdown(SHUT_RDWR)
 
 
 class _Current(threading.local):

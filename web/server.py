@@ -9,6 +9,8 @@ master, and even a request that cannot be parsed is answered in the OpenAI envel
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import logging
 import os
 import queue
@@ -26,29 +28,55 @@ from gunicorn import glogging, sock
 from gunicorn.app.base import BaseApplication
 from gunicorn.arbiter import Arbiter
 from gunicorn.http import errors as http_errors
-from gunicorn.workers.gthread import ThreadWorker
+from gunicorn.workers.gthread import TConn, ThreadWorker
 
 from config import Settings
-from errors import BadRequest, DaemonError
+from errors import BadRequest, DaemonError, TooLarge
+from web.intake import CONTINUE, Intake
 
 log = logging.getLogger("vllm_server.http")
 
 HURRIED_S = 30.0    # what a hurried worker gets to kill its engines
 MARGIN_S = 30.0     # what a graceful one gets on top of the sum of its deadlines
 BOUND_S = 120     # a worker whose main loop stands still for so long is restarted
-CLOSE_TIMEOUT_S = 2.0
 
 Wsgi = Callable[..., Any]
+
+ACCEPTS_A_ROUND = 64
+RECEIVE_BYTES = 1 << 18
+REQUEST_IDLE_S = 60.0       # for a request's head, and between two pieces of its body
+SEND_TIMEOUT_S = 60.0       # a client that takes nothing for so long is gone
+LINGER_S = 2.0
+LINGER_BYTES = 1 << 20
+CLIENT_GONE = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.EBADF})
+OUT_OF_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+STATUS_NAMES = {400: "Bad Request", 413: "Content Too Large", 417: "Expectation Failed",
+                431: "Request Header Fields Too Large", 500: "Internal Server Error", 501: "Not Implemented"}
+
+
+@dataclass(eq=False)
+class Parked:
+    """A connection without a thread: what to do when it is readable, and until when to wait."""
+
+    connection: Connection
+    deadline: float                                     # monotonic
+    on_readable: Callable[[Connection, Parked], None]
+    has_begun: bool = False                             # a part of a request is here
+    discarded_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class Service:
-    """What the worker process runs: made in it, after the fork.  `stop` gets `hurry` and `alive` callbacks."""
+    """What the worker process runs: made in it, after the fork.
+
+    `stop` gets `hurry` and `alive` callbacks; `streams` counts connections that relays carry.
+    """
 
     wsgi: Wsgi
     start: Callable[[], None]
     stop: Callable[[Callable[[], bool], Callable[[], None]], None]
     reload: Callable[[], None]
+    streams: Callable[[], int]
 
 
 class Log(glogging.Logger):
@@ -96,12 +124,29 @@ class Master(Arbiter):
         self.reap_workers()
 
 
+class Connection(TConn):
+    """A client's connection, with the request it is sending."""
+
+    def __init__(self, cfg: Any, sock: socket.socket, client: Any, server: Any, max_body_bytes: int) -> None:
+        super().__init__(cfg, sock, client, server)
+        self.intake = Intake(max_body_bytes)
+
+
 class Worker(ThreadWorker):
-    """One process: an event loop that accepts and parks connections, and threads that handle requests."""
+    """One process: an event loop that accepts and parks connections, and threads that handle requests.
+
+    A connection is parked here, costing no thread, while its client is idle, sends its request (web/intake.py), or
+    has got its last answer and is given a moment to read it (gunicorn would wait for that on this very thread).
+    """
 
     service: Service
-    grace_s: float
+    settings: Settings
     hurry = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._parked: dict[socket.socket, Parked] = {}
+        self.max_keepalived = self.worker_connections
 
     def init_signals(self) -> None:
         super().init_signals()
@@ -124,49 +169,196 @@ class Worker(ThreadWorker):
         self.service.start()
         self.poller.register(self.method_queue.fileno(), selectors.EVENT_READ, self.method_queue.run_callbacks)
         self.set_accept_enabled(True)
+        looked_at = time.monotonic()
         while self.alive:
             self.notify()
-            can_accept = self.nr_conns < self.worker_connections
+            can_accept = self.nr_conns + self.service.streams() < self.worker_connections
             if can_accept != self._accepting:
                 self.set_accept_enabled(can_accept)
             self.wait_for_and_dispatch_events(timeout=1.0)
-            self.murder_keepalived()
-            self.murder_pending()
+            if time.monotonic() - looked_at >= 1.0:
+                looked_at = time.monotonic()
+                self._close_expired(looked_at)
         self._drain()
         self.service.stop(lambda: self.hurry, self.notify)
         self.tpool.shutdown(wait=False)
+
+    # --- connections, on the main thread --------------------------------------------------------------------------
+
+    def accept(self, listener: Any) -> None:
+        """Take every connection that waits: one a round would be too slow for a storm of them."""
+        for _ in range(ACCEPTS_A_ROUND):
+            try:
+                client, address = listener.accept()
+            except OSError as error:
+                if error.errno in OUT_OF_DESCRIPTORS:
+                    log.error("no descriptor is free for another client (ulimit -n)")
+                    self.set_accept_enabled(False)  # the next round of the loop looks again
+                elif error.errno not in (errno.EAGAIN, errno.ECONNABORTED):
+                    raise
+                return
+            connection = Connection(self.cfg, client, address, listener.getsockname(),
+                                    self.settings.max_request_bytes)
+            self.nr_conns += 1
+            self._receive(connection, parked=None)
+            if self.nr_conns >= self.worker_connections:
+                return
+
+    def _receive(self, connection: Connection, parked: Parked | None) -> None:
+        """Read what is there; hand the request to a thread once it is whole, else go on waiting for the client."""
+        intake = connection.intake
+        try:
+            data = connection.sock.recv(RECEIVE_BYTES)
+        except BlockingIOError:
+            data = None
+        except OSError:
+            data = b""
+        if data == b"":
+            if parked is not None:
+                self._unpark(connection)
+            if intake.in_body:
+                intake.end()
+                self.enqueue_req(connection)
+            else:
+                self._close(connection)
+        elif data is not None and intake.feed(data):
+            if parked is not None:
+                self._unpark(connection)
+            self.enqueue_req(connection)
+        else:
+            self._wait_for_client(connection, parked)
+
+    def _wait_for_client(self, connection: Connection, parked: Parked | None) -> None:
+        intake = connection.intake
+        if intake.wants_continue:
+            intake.wants_continue = False
+            with contextlib.suppress(OSError):
+                connection.sock.send(CONTINUE)
+        now = time.monotonic()
+        if parked is None:
+            idle_s = REQUEST_IDLE_S if intake.begun else self.cfg.keepalive
+            self._park(connection, Parked(connection, now + idle_s, self._receive))
+        elif intake.in_body or not parked.has_begun:
+            parked.deadline = now + REQUEST_IDLE_S     # a head has one deadline for all of it, a body one a piece
+        self._parked[connection.sock].has_begun = intake.begun
+
+    def _park(self, connection: Connection, parked: Parked) -> None:
+        connection.sock.setblocking(False)
+        self._parked[connection.sock] = parked
+        self.poller.register(connection.sock, selectors.EVENT_READ, self._wake_parked)
+
+    def _wake_parked(self, sock: socket.socket) -> None:
+        parked = self._parked[sock]
+        parked.on_readable(parked.connection, parked)
+
+    def _unpark(self, connection: Connection) -> None:
+        self.poller.unregister(connection.sock)
+        del self._parked[connection.sock]
+
+    def _close_expired(self, now: float) -> None:
+        for parked in [parked for parked in self._parked.values() if parked.deadline <= now]:
+            self._unpark(parked.connection)
+            self._close(parked.connection)
+
+    def _close(self, connection: Connection) -> None:
+        self.nr_conns -= 1
+        connection.close()
+
+    def _linger(self, connection: Connection) -> None:
+        """Half-close, and close when the client has: closing with unread input would reset away the answer's end."""
+        try:
+            connection.sock.setblocking(False)
+            connection.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            self._close(connection)
+            return
+        self._park(connection, Parked(connection, time.monotonic() + LINGER_S, self._discard))
+
+    def _discard(self, connection: Connection, parked: Parked) -> None:
+        try:
+            data = connection.sock.recv(RECEIVE_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        parked.discarded_bytes += len(data)
+        if not data or parked.discarded_bytes > LINGER_BYTES:
+            self._unpark(connection)
+            self._close(connection)
+
+    def finish_request(self, conn: Connection, fs: Any) -> None:
+        """A thread is done with a request: wait for the next one, or close."""
+        if conn.sock.fileno() < 0:      # it was handed to a relay, which closes it
+            self.nr_conns -= 1
+        elif fs.cancelled() or fs.exception() is not None or not fs.result() or not self.alive:
+            self._linger(conn)
+        elif conn.intake.begun and conn.intake.ready():     # pipelined: the next request is here already
+            self.enqueue_req(conn)
+        else:
+            conn.sock.setblocking(False)
+            self._wait_for_client(conn, None)
+
+    # --- one request, on a thread of its own ------------------------------------------------------------------------
+
+    def handle(self, conn: Connection) -> bool:
+        """Whether the connection may be used again."""
+        request = None
+        try:
+            conn.sock.setblocking(True)
+            conn.sock.settimeout(SEND_TIMEOUT_S)
+            conn.init()
+            conn.sock.settimeout(SEND_TIMEOUT_S)
+            taken = conn.intake.take()
+            conn.parser.unreader.unread(taken.head)
+            request = next(conn.parser)
+            if taken.too_large:
+                raise TooLarge(f"the body is larger than MAX_REQUEST_BYTES ({self.settings.max_request_bytes}) allows")
+            if taken.broken is not None:
+                raise http_errors.InvalidChunkSize(taken.broken.encode())
+            request.body = io.BytesIO(taken.body)
+            keep: bool = self.handle_request(request, conn)
+            return keep and taken.whole
+        except (http_errors.NoMoreData, StopIteration):
+            return False
+        except OSError as error:
+            if error.errno not in CLIENT_GONE and not isinstance(error, TimeoutError):
+                log.exception("a connection failed")
+            return False
+        except Exception as error:
+            self.handle_error(request, conn.sock, conn.client, error)
+            return False
+
+    def handle_error(self, req: Any, client: socket.socket, addr: Any, exc: BaseException) -> None:
+        """A request that could not be parsed, or a bug: one answer in the envelope, then the connection closes."""
+        error, status = DaemonError("the daemon failed; its log says how"), 500
+        if isinstance(exc, DaemonError):
+            error, status = exc, exc.status
+        elif isinstance(exc, http_errors.ParseException):
+            error = BadRequest(f"the request cannot be read: {exc}", code="invalid_request")
+            status = {http_errors.LimitRequestHeaders: 431, http_errors.UnsupportedTransferCoding: 501,
+                      http_errors.ExpectationFailed: 417}.get(type(exc), 400)
+        else:
+            log.error("a request failed", exc_info=exc)
+        body = orjson.dumps(error.envelope())
+        head = (f"HTTP/1.1 {status} {STATUS_NAMES.get(status, 'Error')}\r\nConnection: close\r\n"
+                f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n")
+        with contextlib.suppress(OSError):
+            client.sendall(head.encode() + body)
+
+    # --- the end --------------------------------------------------------------------------------------------------
 
     def _drain(self) -> None:
         """Accept nothing more, let requests in flight finish, up to the grace time."""
         self.set_accept_enabled(False)
         for listener in self.sockets:
             listener.close()
-        for parked in (self.keepalived_conns, self.pending_conns):
-            while parked:
-                connection = parked.popleft()
-                with contextlib.suppress(OSError, KeyError, ValueError):
-                    self.poller.unregister(connection.sock)
-                self.nr_conns -= 1
-                connection.close()
-        deadline = time.monotonic() + self.grace_s
-        while self.nr_conns > 0 and time.monotonic() < deadline and not self.hurry:
+        for parked in list(self._parked.values()):
+            self._unpark(parked.connection)
+            self._close(parked.connection)
+        deadline = time.monotonic() + self.settings.shutdown_grace_s
+        while self.nr_conns + self.service.streams() > 0 and time.monotonic() < deadline and not self.hurry:
             self.notify()
             self.wait_for_and_dispatch_events(timeout=0.2)
-
-    def handle_error(self, req: Any, client: socket.socket, addr: Any, exc: BaseException) -> None:
-        """A request that could not be parsed, or a bug: one answer in the envelope, then the connection closes."""
-        if isinstance(exc, http_errors.ParseException):
-            error: DaemonError = BadRequest(f"the request cannot be read: {exc}", code="invalid_request")
-            status = {http_errors.LimitRequestHeaders: 431, http_errors.UnsupportedTransferCoding: 501,
-                      http_errors.ExpectationFailed: 417}.get(type(exc), 400)
-        else:
-            log.error("a request failed", exc_info=exc)
-            error, status = DaemonError("the daemon failed; its log says how"), 500
-        body = orjson.dumps(error.envelope())
-        head = (f"HTTP/1.1 {status} Error\r\nConnection: close\r\nContent-Type: application/json\r\n"
-                f"Content-Length: {len(body)}\r\n\r\n")
-        with contextlib.suppress(OSError):
-            client.sendall(head.encode() + body)
 
 
 class Server(BaseApplication):
@@ -183,7 +375,7 @@ class Server(BaseApplication):
     def load_config(self) -> None:
         settings = self._settings
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        worker = type("BoundWorker", (Worker,), {"grace_s": settings.shutdown_grace_s})
+        worker = type("BoundWorker", (Worker,), {"settings": settings})
         graceful_s = settings.shutdown_grace_s + settings.drain_timeout_s + settings.stop_timeout_s + MARGIN_S
         for name, value in {
             "bind": f"{host}:{settings.port}", "worker_class": worker, "workers": 1, "threads": settings.threads,

@@ -1,0 +1,157 @@
+"""Collects a request's bytes until a thread can take it without waiting for its client.  Pure: bytes in, a verdict out.
+
+A slow client costs a buffer here and no thread.  The real parsing and every refusal stay gunicorn's: this only finds
+where the head ends and how much body follows.  Where it cannot tell, it hands over what there is, to be refused.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+MAX_HEAD_BYTES = 1 << 17        # past gunicorn's own limits, so that its 431 says what is too large
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]{1,18})[ \t]*\r\n", re.IGNORECASE)
+_CHUNKED = re.compile(rb"\r\ntransfer-encoding:[^\r\n]*chunked[ \t]*\r\n", re.IGNORECASE)
+_EXPECT = re.compile(rb"\r\nexpect:[ \t]*100-continue[ \t]*\r\n", re.IGNORECASE)
+_SIZE = re.compile(rb"([0-9a-fA-F]{1,15})[ \t]*(?:;[^\r\n]*)?\r\n")
+MAX_SIZE_LINE = 4096
+
+
+@dataclass(frozen=True)
+class Taken:
+    """One request.  `whole`: nothing of it is left on the connection; otherwise its body is what there is of it."""
+
+    head: bytes
+    body: bytes
+    whole: bool
+    too_large: bool = False
+    broken: str | None = None       # why the body cannot be understood
+
+
+class Intake:
+    """Feed it what was received; `take` once `feed` has said True.  What a client sent beyond stays for the next."""
+
+    def __init__(self, max_body_bytes: int) -> None:
+        self._max = max_body_bytes
+        self._buffer = bytearray()
+        self._start()
+
+    def _start(self) -> None:
+        self._head_end = 0          # 0: not found yet
+        self._scanned = 0
+        self._length = 0            # of the body on the wire, once known
+        self._chunked = False
+        self._decoded: list[bytes] = []
+        self._decoded_bytes = 0
+        self._broken: str | None = None
+        self._ready = False
+        self.wants_continue = False
+
+    @property
+    def begun(self) -> bool:
+        """Whether the client has sent a part of a request."""
+        return bool(self._buffer)
+
+    @property
+    def in_body(self) -> bool:
+        return self._head_end > 0
+
+    def feed(self, data: bytes) -> bool:
+        """Whether a request is complete, or can be refused as it stands."""
+        self._buffer += data
+        return self.ready()
+
+    def ready(self) -> bool:
+        if not self._ready:
+            if not self._head_end and not self._find_head():
+                self._ready = len(self._buffer) > MAX_HEAD_BYTES
+            else:
+                self._ready = self._body_is_there()
+        return self._ready
+
+    def end(self) -> None:
+        """The client sends nothing more: what is there is all."""
+        if self._chunked and not self.ready():
+            self._broken = "the body ended before its last chunk"
+        self._ready = True
+
+    def take(self) -> Taken:
+        """The request; the intake then stands at the next one."""
+        if not self._head_end:
+            head, body, end = bytes(self._buffer), b"", len(self._buffer)
+        else:
+            end = self._scanned if self._chunked else min(self._head_end + self._length, len(self._buffer))
+            with memoryview(self._buffer) as view:
+                head = _EXPECT.sub(b"\r\n", bytes(view[:self._head_end]))
+                body = b"".join(self._decoded) if self._chunked else bytes(view[self._head_end:end])
+        too_large = self._length > self._max or self._decoded_bytes > self._max
+        taken = Taken(head, body, self._is_whole(end), too_large, self._broken)
+        del self._buffer[:end if taken.whole else len(self._buffer)]
+        self._start()
+        return taken
+
+    def _is_whole(self, end: int) -> bool:
+        if not self._head_end or self._broken is not None:
+            return False
+        return self._decoded_bytes <= self._max if self._chunked else end == self._head_end + self._length
+
+    def _find_head(self) -> bool:
+        end = self._buffer.find(b"\r\n\r\n", max(0, self._scanned - 3))
+        if end < 0:
+            self._scanned = len(self._buffer)
+            return False
+        self._head_end = self._scanned = end + 4
+        head = bytes(self._buffer[:self._head_end])
+        self._chunked = _CHUNKED.search(head) is not None
+        if not self._chunked and (length := _LENGTH.search(head)):
+            self._length = int(length[1])
+        self.wants_continue = _EXPECT.search(head) is not None
+        return True
+
+    def _body_is_there(self) -> bool:
+        if self._chunked:
+            return self._decode()
+        return self._length > self._max or len(self._buffer) >= self._head_end + self._length
+
+    def _decode(self) -> bool:
+        """Take whole chunks off (RFC 9112, 7.1); True at the end of the last one, or where it cannot go on."""
+        while self._broken is None and self._decoded_bytes <= self._max:
+            at = self._scanned
+            line = _SIZE.match(self._buffer, at)
+            if line is None:
+                if self._buffer.find(b"\r\n", at) >= 0 or len(self._buffer) - at > MAX_SIZE_LINE:
+                    self._broken = "a chunk's size line is not valid"
+                    return True
+                return False
+            size = int(line[1], 16)
+            if size == 0:
+                return self._trailers(line.end())
+            end = line.end() + size
+            if size > self._max:
+                self._decoded_bytes = size
+                return True
+            if len(self._buffer) < end + 2:
+                return False
+            if self._buffer[end:end + 2] != b"\r\n":
+                self._broken = "a chunk is longer than its size line says"
+                return True
+            self._decoded.append(bytes(self._buffer[line.end():end]))
+            self._decoded_bytes += size
+            self._scanned = end + 2
+        return True
+
+    def _trailers(self, at: int) -> bool:
+        """Trailers are dropped: nothing behind the daemon reads them."""
+        if self._buffer[at:at + 2] == b"\r\n":
+            self._scanned = at + 2
+            return True
+        end = self._buffer.find(b"\r\n\r\n", at)
+        if end >= 0:
+            self._scanned = end + 4
+            return True
+        if len(self._buffer) - at > MAX_HEAD_BYTES:
+            self._broken = "the trailers are too large"
+            return True
+        return False
