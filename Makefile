@@ -1,0 +1,49 @@
+# Everything that a person or a machine does with a checkout.  `make` alone lists it.
+#
+# .venv is made on the way, and brought up to date when a requirements file is newer than its stamp.  PYTHON=... names
+# another interpreter for it; settings go along: make run APP_PORT=5001
+
+PY := .venv/bin/python
+PYTEST := $(PY) -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help run demo test check e2e slow bench clean
+
+help:           ## this list
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {sub(/:.*/, "", $$1); printf "make %-6s %s\n", $$1, $$2}' Makefile
+
+run: .venv/run.stamp            ## find or install vLLM, start the daemon, load a demo model, show its first answer
+	@$(PY) -m scripts.run
+
+demo: .venv/run.stamp           ## the same with a simulated engine: up in seconds, no vLLM, no model
+	@$(PY) -m scripts.run --demo
+
+test: check                     ## lint, types and the tests that need no engine (under two minutes)
+	$(PYTEST)
+
+check: .venv/dev.stamp          ## ruff, mypy, and who may import whom
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+	$(PYTEST) tests/test_imports.py
+
+e2e: .venv/dev.stamp            ## the tests with real vLLM, which is installed when there is none
+	$(PY) scripts/setup_engine.py
+	$(PYTEST) tests/e2e
+
+slow: .venv/dev.stamp           ## long runs with the simulated engine
+	$(PYTEST) tests/slow
+
+bench: .venv/dev.stamp          ## the proxy's speed beside direct access and other proxies
+	$(PY) benchmarks/run.py
+
+clean:          ## remove what the above left in the checkout (the engine's cache folder stays)
+	rm -rf .venv build benchmarks/build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/run.stamp: requirements.txt scripts/make_venv.sh
+	@scripts/make_venv.sh requirements.txt
+	@touch $@
+
+.venv/dev.stamp: requirements-dev.txt requirements.txt scripts/make_venv.sh
+	@scripts/make_venv.sh requirements-dev.txt
+	@touch $@ .venv/run.stamp
