@@ -65,7 +65,7 @@ SCENARIOS: dict[str, Scenario] = {scenario.name: scenario for scenario in (
              {"seconds": 3},
              ("first_p50_ms", "first_p99_ms", "gap_p99_ms", "errors"), better="less", skip=NO_STREAMS | {"mvllm"}),
     Scenario("json_1kb", "JSON of 1 kB, 32 connections",
-             {"connections": 32, "seconds": 5}, {"seconds": 1},
+             {"connections": 32, "seconds": 5}, {"seconds": 2},
              ("requests_per_s", "whole_p50_ms", "whole_p99_ms", "cpu_us_per_request", "errors")),
     Scenario("json_one", "JSON of 1 kB, one connection",
              {"connections": 1, "seconds": 3}, {"seconds": 1},
