@@ -201,7 +201,7 @@ def parse(argv: Sequence[str]) -> Options:
     """The options of `argv` (without the program's name).  Exits with 2 and vLLM's text on stderr when it is wrong."""
     top = Parser(prog="vllm", usage=USAGE)
     top.add_argument("-v", "--version", action="version", version="0.32.0")
-    commands = top.add_subparsers(dest="command", required=True)
+    commands = top.add_subparsers(prog="vllm", dest="command", required=True)
     parsers = {name: commands.add_parser(name, usage=f"vllm {name} [model_tag] [options]") for name in COMMANDS}
     serve = parsers["serve"]
     add_flags(serve)

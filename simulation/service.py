@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import time
 from collections.abc import AsyncGenerator
@@ -106,15 +107,25 @@ def read_json(request: Request) -> dict[str, Any]:
                        "Bad Request")
     try:
         body = orjson.loads(request.body)
-    except orjson.JSONDecodeError as error:
-        loc = f"body.{error.pos}"
-        raise ApiError(400, f"1 validation error:\n  {{'type': 'json_invalid', 'loc': '{loc}', 'msg': 'JSON decode "
-                            f"error', 'input': '<dict of 0 items>', 'ctx': {{'error': {error.msg!r}}}}}",
-                       "Bad Request", loc) from None
+    except orjson.JSONDecodeError:
+        body = _read_slowly(request.body)
     if not isinstance(body, dict):
         raise invalid("body", "model_attributes_type",
                       "Input should be a valid dictionary or object to extract fields from", body)
     return body
+
+
+def _read_slowly(body: bytes) -> Any:
+    """By Python's own parser: it takes a little more than orjson, and vLLM's message has its words."""
+    try:
+        return json.loads(body)
+    except UnicodeDecodeError:
+        raise ApiError(400, "There was an error parsing the body", "Bad Request") from None
+    except json.JSONDecodeError as error:
+        loc = f"body.{error.pos}"
+        raise ApiError(400, f"1 validation error:\n  {{'type': 'json_invalid', 'loc': '{loc}', 'msg': 'JSON decode "
+                            f"error', 'input': '<dict of 0 items>', 'ctx': {{'error': {error.msg!r}}}}}",
+                       "Bad Request", loc) from None
 
 
 def need(body: dict[str, Any], name: str, kind: type | tuple[type, ...], words: str) -> Any:
