@@ -66,7 +66,8 @@ class Bench:
 
     def expected_minutes(self, chosen: list[Scenario]) -> float:
         """About how long measuring will take; what fails takes longer."""
-        return sum((scenario.seconds(self._settings.quick) + 1.5) * min(self._settings.repeat, scenario.max_repeats)
+        repeat, quick = int(self._settings.repeat), bool(self._settings.quick)
+        return sum((scenario.seconds(quick) + 1.5) * min(repeat, scenario.max_repeats)
                    for scenario in chosen for name in self._servers if name not in scenario.skip) / 60
 
     def measure_all(self, chosen: list[Scenario]) -> None:
