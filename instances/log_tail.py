@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 BLOCK = 1 << 16
 POLL_S = 0.2
@@ -12,7 +14,7 @@ POLL_S = 0.2
 
 def last_lines(path: Path, count: int) -> bytes:
     """The last `count` lines, read from the end; empty when there is no log yet."""
-    return b"".join(_tail(path, count)[0])
+    return b"".join(_tail(path, count).lines)
 
 
 def follow(path: Path, count: int, ended: Callable[[], bool]) -> Iterator[bytes]:
@@ -20,10 +22,9 @@ def follow(path: Path, count: int, ended: Callable[[], bool]) -> Iterator[bytes]
 
     Blocks between additions; asks `ended` five times a second.
     """
-    lines, position = _tail(path, count)
+    lines, position, identity = _tail(path, count)
     if lines:
         yield b"".join(lines)
-    identity = _identity(path)
     while True:
         last_round = ended()
         if (found := _identity(path)) != identity or _size(path) < position:
@@ -37,9 +38,16 @@ def follow(path: Path, count: int, ended: Callable[[], bool]) -> Iterator[bytes]
             time.sleep(POLL_S)
 
 
-def _tail(path: Path, count: int) -> tuple[list[bytes], int]:
+class _Tail(NamedTuple):
+    lines: list[bytes]
+    end: int
+    identity: int | None        # inode of the file that was read
+
+
+def _tail(path: Path, count: int) -> _Tail:
     try:
         with open(path, "rb") as file:
+            identity = os.fstat(file.fileno()).st_ino
             end = position = file.seek(0, 2)
             data = b""
             while position > 0 and data.count(b"\n") <= count:
@@ -48,8 +56,11 @@ def _tail(path: Path, count: int) -> tuple[list[bytes], int]:
                 file.seek(position)
                 data = file.read(step) + data
     except OSError:
-        return [], 0
-    return (data.splitlines(keepends=True)[-count:] if count else []), end
+        return _Tail([], 0, None)
+    # Not splitlines(): the carriage returns of a progress bar end no line.
+    *lines, unfinished = data.split(b"\n")
+    whole = [line + b"\n" for line in lines] + ([unfinished] if unfinished else [])
+    return _Tail(whole[-count:] if count else [], end, identity)
 
 
 def _read_from(path: Path, position: int) -> bytes:

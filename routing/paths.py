@@ -23,6 +23,9 @@ BY_MODEL = (
 ADAPTERS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 """POST, management: the body names the adapter, and the model whose engine gets it."""
 
+REALTIME = "/v1/realtime"
+"""A WebSocket; its model stands in the query, if anywhere: the message that names it comes after the handshake."""
+
 DEV_MODE = frozenset({
     "sleep", "wake_up", "is_sleeping", "reset_prefix_cache", "reset_mm_cache", "reset_encoder_cache",
     "collective_rpc", "server_info", "pause", "resume", "is_paused", "start_profile", "stop_profile",
@@ -47,4 +50,6 @@ def is_confusing(path: str) -> bool:
     while (decoded := unquote(path)) != path:
         path = decoded
     segments = path.replace("\\", "/").split("/")
-    return "." in segments or ".." in segments or "" in segments[1:-1] or any(ord(char) < 32 for char in path)
+    if "." in segments or ".." in segments or "" in segments[1:-1]:
+        return True
+    return any(ord(char) < 32 or char == "\x7f" for char in path)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import orjson
+from werkzeug.exceptions import RequestEntityTooLarge
 from werkzeug.http import parse_options_header
 from werkzeug.sansio.multipart import Data, Epilogue, Field, File, MultipartDecoder, NeedData
 
 from errors import BadRequest, UnsupportedMediaType
 
 MAX_NAME = 1024
+MAX_PARTS = 1000
+_FORM_FIELDS = ("model", "stream")
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ def find(content_type: str, body: bytes) -> Wanted:
     Raises BadRequest (no JSON, no object, no model, not a string) or UnsupportedMediaType.
     """
     kind, options = parse_options_header(content_type)
+    kind = kind.lower()
     if kind == "multipart/form-data":
         return _in_form(body, options.get("boundary", ""))
     if kind in ("", "application/json") or kind.endswith("+json"):
@@ -51,20 +55,24 @@ def _in_json(body: bytes) -> Wanted:
 def _in_form(body: bytes, boundary: str) -> Wanted:
     if not boundary:
         raise BadRequest("multipart/form-data without a boundary", param="Content-Type", code="invalid_form")
-    decoder = MultipartDecoder(boundary.encode("latin-1", "replace"), max_parts=1000)
-    fields: dict[str, bytearray] = {}
+    decoder = MultipartDecoder(boundary.encode("latin-1", "replace"), max_parts=MAX_PARTS)
+    fields: dict[str, bytearray] = {}       # of a field that comes twice, the last, as for the engine
     current: bytearray | None = None
     try:
         decoder.receive_data(body)
         decoder.receive_data(None)
         while not isinstance(event := decoder.next_event(), (Epilogue, NeedData)):
             if isinstance(event, Field):
-                current = fields.setdefault(event.name, bytearray())
+                current = None
+                if event.name in _FORM_FIELDS:
+                    current = fields[event.name] = bytearray()
             elif isinstance(event, File):
                 current = None
             elif isinstance(event, Data) and current is not None:
                 current += event.data
-    except (ValueError, UnicodeDecodeError) as error:
+    except RequestEntityTooLarge:
+        raise BadRequest(f"the form has more than {MAX_PARTS} parts", code="invalid_form") from None
+    except ValueError as error:
         raise BadRequest(f"the multipart body cannot be read: {error}", code="invalid_form") from None
     model = fields.get("model")
     return Wanted(model=_checked(model.decode("utf-8", "replace") if model is not None else None),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,13 +16,15 @@ from instance_manager import InstanceManager
 from instances.instance import InstanceView, State
 from instances.log_tail import follow, last_lines
 from router import Router
+from routing.client_watch import Watched
 from web import bodies
 
 blueprint = Blueprint("admin", __name__)
 
 TAIL_DEFAULT = 200
 TAIL_MOST = 100_000
-SECRET_WORDS = ("token", "api_key", "password", "secret")
+SECRET = re.compile(r"(^|[_.-])(token|key|apikey|password|secret|credentials?)$", re.IGNORECASE)
+"""Names of flags, and of entries in them, that hold a secret.  `max_num_batched_tokens` and `tokenizer` hold none."""
 SETTLED = frozenset({State.READY, State.FAILED})
 
 
@@ -71,15 +74,17 @@ def instance_logs(instance_id: str) -> Response:
     lines = _whole_number("tail", TAIL_DEFAULT, TAIL_MOST)
     if not _flag("follow"):
         return Response(last_lines(path, lines), mimetype="text/plain")
-    watched = _watched()
-
-    def ended() -> bool:
-        try:
-            return watched.gone or manager.get(instance_id).state is State.FAILED
-        except NotFound:
-            return True
+    watch, client = _router().watch, request.environ["gunicorn.socket"]
 
     def body() -> Iterator[bytes]:
+        watched = watch.add(client)     # in here: a body that is never read (HEAD) must not hold it
+
+        def ended() -> bool:
+            try:
+                return watched.gone or manager.get(instance_id).state is State.FAILED
+            except NotFound:
+                return True
+
         try:
             yield from follow(path, lines, ended)
         finally:
@@ -146,8 +151,17 @@ def instance_json(view: InstanceView) -> dict[str, Any]:
 
 
 def hide_secrets(flags: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: "***" if any(word in name for word in SECRET_WORDS) and value not in (None, True, False) else value
+    """The flags with `***` in place of each secret, however deep it stands."""
+    return {name: "***" if SECRET.search(name) and isinstance(value, str | list | dict) else _hidden(value)
             for name, value in flags.items()}
+
+
+def _hidden(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return hide_secrets(value)
+    if isinstance(value, list):
+        return [_hidden(item) for item in value]
+    return value
 
 
 def _await_start(view: InstanceView) -> InstanceView:
@@ -166,9 +180,13 @@ def _await_start(view: InstanceView) -> InstanceView:
     raise LoadFailed(f"instance {view.id} of {view.spec.model} was stopped before it was ready", code="stopped")
 
 
-def _watched() -> Any:
+def _router() -> Router:
     router: Router = current_app.extensions["router"]
-    return router.watch.add(request.environ["gunicorn.socket"])
+    return router
+
+
+def _watched() -> Watched:
+    return _router().watch.add(request.environ["gunicorn.socket"])
 
 
 def _flag(name: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import math
+import json
 from collections.abc import Collection
 from typing import Any
 
@@ -13,9 +13,11 @@ from flask import Request
 from config import check_params
 from errors import BadRequest, TooLarge, UnsupportedMediaType
 from instance_manager import CreateRequest
+from routing.upstream import ClientLeft
 
 MAX_BODY_BYTES = 1 << 20
 MAX_MODEL_NAME = 512
+LONGEST_S = 1e9
 CREATE_FIELDS = ("model_name", "timeout", "start_timeout", "params", "wait", "replace", "new")
 
 
@@ -24,7 +26,10 @@ def json_object(request: Request, known: Collection[str]) -> dict[str, Any]:
     length = request.content_length
     if length is not None and length > MAX_BODY_BYTES:
         raise TooLarge(f"the body has {length} bytes; a management call has at most {MAX_BODY_BYTES}")
-    data = request.environ["wsgi.input"].read(length if length is not None else MAX_BODY_BYTES + 1)
+    try:
+        data = request.environ["wsgi.input"].read(length if length is not None else MAX_BODY_BYTES + 1)
+    except OSError as error:
+        raise ClientLeft from error
     if length is not None and len(data) < length:
         raise BadRequest(f"the body ended after {len(data)} bytes; its Content-Length says {length}",
                          code="incomplete_body")
@@ -34,10 +39,7 @@ def json_object(request: Request, known: Collection[str]) -> dict[str, Any]:
         return {}
     if request.mimetype != "application/json":
         raise UnsupportedMediaType("send the body as application/json", param="Content-Type")
-    try:
-        body = orjson.loads(data)
-    except orjson.JSONDecodeError as error:
-        raise BadRequest(f"the body is not valid JSON: {error}", code="invalid_json") from None
+    body = _parsed(data)
     if not isinstance(body, dict):
         raise BadRequest("the body must be a JSON object", code="invalid_json")
     for key in body:
@@ -46,6 +48,23 @@ def json_object(request: Request, known: Collection[str]) -> dict[str, Any]:
             raise BadRequest(f"unknown field {key[:80]!r}" + (f"; did you mean {near[0]!r}?" if near else
                              f"; known are {', '.join(known)}"), param=key[:80], code="unknown_field")
     return body
+
+
+def _parsed(data: bytes) -> Any:
+    """Strict JSON: UTF-8, no NaN, and no field given twice, of which one would win in silence."""
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise BadRequest(f"the field {key[:80]!r} is given twice", param=key[:80], code="duplicate_field")
+            found[key] = value
+        return found
+
+    try:
+        orjson.loads(data)                                  # the strict one; json knows the pairs
+        return json.loads(data, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"the body is not valid JSON: {error}", code="invalid_json") from None
 
 
 def create_request(body: dict[str, Any]) -> tuple[CreateRequest, bool]:
@@ -79,8 +98,9 @@ def seconds(body: dict[str, Any], field: str, *, zero: bool) -> float | None:
     value = body.get(field)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0 \
-            or (value == 0 and not zero) or value > 1e9:
+    # The comparison refuses what is not finite too, and an int may be too large for a float.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= LONGEST_S \
+            or (value == 0 and not zero):
         raise BadRequest(f"\"{field}\" must be a number of seconds, {'0 (never) or more' if zero else 'more than 0'}",
                          param=field)
     return float(value)
