@@ -83,6 +83,10 @@ class UnsupportedMediaType(DaemonError):
     status, type, code = 415, "invalid_request_error", "unsupported_media_type"
 
 
+class UpgradeRequired(DaemonError):
+    status, type, code = 426, "invalid_request_error", "upgrade_required"
+
+
 # --- what the manager cannot do now -----------------------------------------------------------------------------
 
 class ManagerError(DaemonError):

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote
 
+import orjson
 import urllib3
 from flask import Blueprint, Request, Response, current_app, jsonify, request
 from werkzeug.exceptions import ClientDisconnected
@@ -28,14 +29,16 @@ from errors import (
     NotReady,
     StartTimeout,
     TooLarge,
+    UpgradeRequired,
     UpstreamError,
 )
 from instance_manager import InstanceManager
-from instances.instance import Candidate, Lease, State
+from instances.instance import ACTIVE, Candidate, Lease, State
 from routing import balancer, paths, requested_model
 from routing.client_watch import ClientWatch, Watched
 from routing.relay import RelayStream, TakenOver, may_be_taken_over, take_over
 from routing.relay_process import Relays
+from routing.tunnel import handshake, open_tunnel, wants_upgrade
 from routing.upstream import ClientLeft, ConnectionRefused, Exchange, Upstream, request_headers, response_headers
 
 PICKS = 20                  # picks that may end in NotReady or a refused connection before the client is told
@@ -97,6 +100,8 @@ class Router:
         if paths.is_confusing(path):
             raise BadRequest("the path holds dot segments, empty segments or control characters", param="path",
                              code="invalid_path")
+        if wants_upgrade(incoming.headers.get("Connection", ""), incoming.headers.get("Upgrade", "")):
+            return self._upgrade(incoming, path, lambda: self._one(instance_id), f"instance {instance_id}")
         body = self.read_body(incoming)
         return self._forward(incoming, path, body, lambda: self._one(instance_id), what=f"instance {instance_id}")
 
@@ -134,15 +139,42 @@ class Router:
             raise TooLarge(f"the body has more than {limit} bytes; MAX_REQUEST_BYTES allows no more")
         return body
 
+    def realtime(self, incoming: Request) -> Response:
+        """A WebSocket to the model of `?model=`, or to the only one that is active."""
+        model = incoming.args.get("model")
+        if model is None:
+            running = [view for view in self.manager.snapshot() if view.state in ACTIVE]
+            if len(running) != 1:
+                raise BadRequest("name the model in the query: /v1/realtime?model=NAME", param="model",
+                                 code="missing_model")
+            model = running[0].names[0]
+        return self._upgrade(incoming, paths.REALTIME, lambda: self._backends(model), model)
+
+    def adapter(self, incoming: Request, path: str) -> Response:
+        """Load or unload a LoRA adapter in the engine of the model that the body names; its name then routes there."""
+        body = self.read_body(incoming)
+        wanted = requested_model.find(incoming.headers.get("Content-Type", ""), body)
+        name = str(orjson.loads(body).get("lora_name", ""))
+        owners: list[str] = []
+        answer = self._forward(incoming, path, body, lambda: self._backends(wanted.model), what=wanted.model,
+                               with_owner=owners.append)
+        if answer.status_code == 200 and owners:
+            view = self.manager.get(owners[0])
+            others = tuple(known for known in view.names if known != name)
+            self.manager.rename(view.id, (*others, name) if path == paths.ADAPTERS[0] else others)
+        return answer
+
     # --- one exchange ---------------------------------------------------------------------------------------------
 
     def _forward(self, incoming: Request, path: str, body: bytes, backends: Callable[[], list[Candidate]], *,
-                 what: str, prefer: str | None = None,
-                 with_id: Callable[[bytes, str], None] | None = None) -> Response:
+                 what: str, prefer: str | None = None, with_id: Callable[[bytes, str], None] | None = None,
+                 with_owner: Callable[[str], None] | None = None) -> Response:
         watched = self.watch.add(incoming.environ["gunicorn.socket"])
         try:
             for _ in range(PICKS):
                 lease = self._acquire(backends, what, watched, prefer)
+                if with_owner is not None:
+                    with_owner(lease.instance_id)
                 try:
                     return self._exchange(incoming, path, body, lease, watched, with_id)
                 except ConnectionRefused:
@@ -153,12 +185,29 @@ class Router:
             watched.close()
             raise
 
+    def _upgrade(self, incoming: Request, path: str, backends: Callable[[], list[Candidate]], what: str) -> Response:
+        upgrade = incoming.headers.get("Upgrade", "")
+        if not wants_upgrade(incoming.headers.get("Connection", ""), upgrade) or incoming.method != "GET":
+            raise UpgradeRequired(f"{path[:80]} is a WebSocket: send GET with Connection: Upgrade")
+        client = incoming.environ["gunicorn.socket"]
+        watched = self.watch.add(client)
+        try:
+            lease = self._acquire(backends, what, watched, None)
+        finally:
+            watched.close()
+        try:
+            open_tunnel(self.relays, client, lease,
+                        handshake(_target(incoming, path), lease.port, incoming.headers, upgrade))
+        except BaseException:
+            lease.release()
+            raise
+        return Response(TakenOver(), direct_passthrough=True)
+
     def _exchange(self, incoming: Request, path: str, body: bytes, lease: Lease, watched: Watched,
                   with_id: Callable[[bytes, str], None] | None) -> Response:
         """Send, read the head, and hand what is held to a RelayStream.  Releases the lease if that fails."""
         exchange = Exchange()
-        query = incoming.environ.get("QUERY_STRING", "")
-        url = f"http://127.0.0.1:{lease.port}{quote(path, safe=_PATH_SAFE)}{'?' + query if query else ''}"
+        url = f"http://127.0.0.1:{lease.port}{_target(incoming, path)}"
         payload = body if body or incoming.method in ("POST", "PUT", "PATCH") else None
         try:
             lease.on_cut(exchange.abort)
@@ -290,6 +339,12 @@ class Router:
             return self._response_owner.get(response_id)
 
 
+def _target(incoming: Request, path: str) -> str:
+    """Path and query as they go to the engine: the path in its one canonical spelling."""
+    query = incoming.environ.get("QUERY_STRING", "")
+    return quote(path, safe=_PATH_SAFE) + (f"?{query}" if query else "")
+
+
 _PATH_SAFE = "/:@!$&'()*+,;=-._~"
 ANY = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 
@@ -309,6 +364,21 @@ for _path in paths.BY_MODEL:
     blueprint.add_url_rule(_path, endpoint=_path.strip("/").replace("/", "_"), view_func=_by_model, methods=["POST"])
 
 
+def _adapter() -> Response:
+    return _router().adapter(request, request.path)
+
+
+for _path in paths.ADAPTERS:
+    blueprint.add_url_rule(_path, endpoint=_path.strip("/").replace("/", "_"), view_func=_adapter, methods=["POST"])
+
+
+# werkzeug keeps WebSocket requests apart from others: a path for both has two rules.
+@blueprint.get(paths.REALTIME)
+@blueprint.get(paths.REALTIME, websocket=True)
+def realtime() -> Response:
+    return _router().realtime(request)
+
+
 @blueprint.get("/v1/responses/<response_id>")
 def get_response(response_id: str) -> Response:
     return _router().to_response_owner(request, response_id, request.path)
@@ -321,6 +391,7 @@ def cancel_response(response_id: str) -> Response:
 
 @blueprint.route("/proxy/<instance_id>/", defaults={"path": ""}, methods=ANY)
 @blueprint.route("/proxy/<instance_id>/<path:path>", methods=ANY)
+@blueprint.get("/proxy/<instance_id>/<path:path>", websocket=True)
 def proxy(instance_id: str, path: str) -> Response:
     return _router().to_instance(request, instance_id, "/" + path)
 
