@@ -25,7 +25,7 @@ from simulation.startup import announce, runner_of
 if TYPE_CHECKING:
     from ssl import SSLContext
 
-DEATH_EXIT_IN_FLIGHT_S, DEATH_EXIT_IDLE_S = 0.7, 5.0
+DEATH_EXIT_IN_FLIGHT_S, DEATH_EXIT_IDLE_S, SIGNAL_GRACE_S = 0.7, 5.0, 0.02
 
 
 def run(options: Options, knobs: Knobs, ledger: Ledger, processes: list[EngineProcess], listener: socket.socket,
@@ -128,10 +128,16 @@ class Life:
         await asyncio.to_thread(os.waitpid, process.pid, 0)
 
     def _on_engine_end(self, process: EngineProcess) -> None:
-        """The engine's end of its pipe is closed: it is dead, and nobody asked for it."""
+        """The engine's end of its pipe is closed.  A signal to the whole group ends it too: that one is heard first."""
         loop = asyncio.get_running_loop()
         for each in self.service.processes:
             loop.remove_reader(each.alive_fd)
+        loop.call_later(SIGNAL_GRACE_S, self._on_engine_death, process)
+
+    def _on_engine_death(self, process: EngineProcess) -> None:
+        if self._stopping is not None:
+            return
+        loop = asyncio.get_running_loop()
         in_flight = self.service.engine.unfinished_count
         log("APIServer", f"Engine core proc {process.name} died unexpectedly, shutting down client.",
             where="core_client.py:739", level="ERROR")
