@@ -15,10 +15,11 @@ from typing import Any
 
 from flask import Flask, Response, jsonify, request
 from werkzeug.exceptions import HTTPException
+from werkzeug.routing import RequestRedirect
 
 import config
 import router as data_plane
-from errors import BadRequest, ConfigError, DaemonError, MethodNotAllowed, NotFound
+from errors import BadRequest, ConfigError, DaemonError, MethodNotAllowed, NotFound, Unauthorized
 from instance_manager import InstanceManager
 from instances.store import StateDir
 from router import Router
@@ -64,11 +65,15 @@ def _answer_error(error: Exception) -> Response:
     """The one way from an exception to an answer."""
     if isinstance(error, ClientLeft):
         return Response(status=CLIENT_CLOSED_REQUEST)
+    if isinstance(error, RequestRedirect):      # a slash is missing at the end
+        return Response(status=error.code, headers={"Location": error.new_url})
     ours = _translated(error)
     response = jsonify(ours.envelope())
     response.status_code = ours.status
     if ours.retry_after_s is not None:
         response.headers["Retry-After"] = str(ours.retry_after_s)
+    if isinstance(ours, Unauthorized):
+        response.headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, HTTPException) and isinstance(ours, MethodNotAllowed):
         response.headers.extend(header for header in error.get_headers() if header[0] == "Allow")
     return response
@@ -83,7 +88,7 @@ def _translated(error: Exception) -> DaemonError:
         if error.code == 405:
             return MethodNotAllowed(f"{request.path[:200]} does not take {request.method}")
         return BadRequest(error.description or "bad request")
-    log.error("%s %s failed", request.method, request.path, exc_info=error)
+    log.error("%s %r failed", request.method, request.path, exc_info=error)
     return DaemonError("the daemon failed on this request; its log says how")
 
 
