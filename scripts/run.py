@@ -211,7 +211,7 @@ def load(client: Client, folder: Path) -> str | None:
     while instance["status"] in ("starting", "backoff"):
         error = instance["last_error"] if instance["status"] == "backoff" else None
         step = error["message"] if error else instance["phase"]
-        if step and step != told:
+        if step not in (None, "ready", told):
             told = step
             share = "" if error or instance["progress"] is None else f" ({instance['progress']:.0%})"
             say(f"{time.monotonic() - started:5.1f} s  {step}{share}")
