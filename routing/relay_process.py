@@ -32,6 +32,8 @@ from routing.relay_wire import (
     unpack_ended,
 )
 
+__all__ = ["Ended", "RelayStats", "RelayUnavailable", "Relays"]
+
 log = logging.getLogger(__name__)
 
 OnEnd = Callable[[Ended], None]

@@ -18,28 +18,49 @@ HEAD = b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n"
 
 
 class Sockets:
-    """TCP connections on loopback, all closed at the end."""
+    """Connections on loopback, all closed at the end.  May be used by several threads."""
 
     def __init__(self) -> None:
-        self._made: list[socket.socket] = []
+        self._peers: list[socket.socket] = []
+        self._ours: list[socket.socket] = []
+        self._lock = threading.Lock()  # so that who connects is who is accepted
         self._listener = socket.create_server(("127.0.0.1", 0))
 
     def pair(self, buffer_bytes: int | None = None) -> tuple[socket.socket, socket.socket]:
-        """(the peer's end, the relay's end); with `buffer_bytes` each of their four kernel buffers is that small."""
-        peer = socket.socket()
-        if buffer_bytes:
+        """(the peer's end, the relay's end); with `buffer_bytes` each of their four kernel buffers is that small.
+
+        Below 64 KiB, the size of a segment on loopback, TCP waits for its timers, so that they are Unix sockets then.
+        """
+        if buffer_bytes and buffer_bytes < 65536:
+            peer, ours = socket.socketpair()
             set_buffers(peer, buffer_bytes)
-        peer.settimeout(HANG_S)
-        peer.connect(self._listener.getsockname())
-        ours, _ = self._listener.accept()
+        else:
+            peer = socket.socket()
+            if buffer_bytes:
+                set_buffers(peer, buffer_bytes)  # before the connection: it fixes the window
+            with self._lock:
+                peer.connect(self._listener.getsockname())
+                ours, _ = self._listener.accept()
         if buffer_bytes:
             set_buffers(ours, buffer_bytes)
-        self._made += (peer, ours)
+        peer.settimeout(HANG_S)
+        self._peers.append(peer)
+        self._ours.append(ours)
         return peer, ours
 
+    def close_peers(self) -> None:
+        """The relay's ends are given away: it closes them, or a ResourceWarning fails the test."""
+        for peer in self._peers:
+            peer.close()
+        self._peers.clear()
+        self._ours.clear()
+
     def close(self) -> None:
-        for sock in (*self._made, self._listener):
-            sock.close()
+        """When no relay runs any more: also closes what no relay was given."""
+        for ours in self._ours:
+            ours.close()
+        self.close_peers()
+        self._listener.close()
 
 
 def set_buffers(sock: socket.socket, size: int) -> None:
@@ -94,6 +115,19 @@ class Driven:
             done = threading.Event()
             self.loop.call_soon(done.set)
             assert done.wait(HANG_S)
+
+    def held(self, exchange_id: int) -> int:
+        """Bytes that the loop keeps of one exchange."""
+        return len(self.loop._exchanges[exchange_id]._pending)  # type: ignore[attr-defined]
+
+    def watched(self) -> int:
+        """Descriptors in the loop's epoll."""
+        return len(self.loop._handlers)
+
+    def forget(self) -> None:
+        """For one loop that serves thousands of examples."""
+        self.sockets.close_peers()
+        self.ends.clear()
 
     def stop(self) -> None:
         self.loop.stop()

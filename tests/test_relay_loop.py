@@ -1,0 +1,466 @@
+from __future__ import annotations
+
+import random
+import socket
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from routing.framing import CHUNKED, EOF, TUNNEL, Framing, content_length
+from routing.poller import LINGER_S, READ_BYTES
+from routing.relay_loop import Handover
+from tests.relay_harness import (
+    HEAD,
+    Driven,
+    at_end,
+    driven_loop,
+    pump,
+    read_all,
+    read_exactly,
+    reset,
+)
+from tests.relay_strategies import ChunkedText, chunked_texts
+from tests.support import wait_until
+
+WIRE = b"5\r\nhello\r\n6;x=y\r\n world\r\n0\r\nX-Sum: 1\r\n\r\n"  # a chunk extension and a trailer in it
+BOUNDARIES = (0, 10, 25)
+TEXT = b"hello world"
+ERROR = b'{"error": {"message": "gone"}}'
+ERROR_CHUNK = b"26\r\ndata: %s\n\n\r\n" % ERROR
+ERROR_CHUNK_AFTER_TEXT = b"28\r\n\n\ndata: %s\n\n\r\n" % ERROR  # ends an event that was begun
+
+
+Act = Callable[[socket.socket], None]
+
+
+def handover(exchange_id: int, to_client: bytes, framing: Framing) -> Handover:
+    return Handover(exchange_id, to_client, framing, body_at=len(to_client))
+
+
+@pytest.fixture
+def driven() -> Iterator[Driven]:
+    with driven_loop() as driven:
+        yield driven
+
+
+# --- the upstream's death ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("die", [socket.socket.close, reset])
+@pytest.mark.parametrize(("framing", "body"), [(CHUNKED, WIRE), (content_length(len(TEXT)), TEXT)])
+def test_upstream_dies_at_every_byte(driven: Driven, framing: Framing, body: bytes, die: Act) -> None:
+    for cut in range(len(body) + 1):
+        exchange_id, client, upstream = driven.open(framing)
+        upstream.sendall(body[:cut])
+        die(upstream)
+        assert read_all(client) == (HEAD + body[:cut], False)
+        end = driven.end_of(exchange_id)
+        whole = cut == len(body)
+        assert (end.by, end.complete) == (("upstream", True) if whole else ("upstream_cut", False))
+        assert end.bytes_to_client == len(HEAD) + cut
+        assert (end.first_byte_s is None) == (cut == 0)
+        client.close()
+
+
+def test_a_body_that_ends_with_the_connection_is_complete_wherever_it_ends(driven: Driven) -> None:
+    for cut in range(len(TEXT) + 1):
+        exchange_id, client, upstream = driven.open(EOF)
+        upstream.sendall(TEXT[:cut])
+        upstream.close()
+        assert read_all(client) == (HEAD + TEXT[:cut], False)
+        assert driven.end_of(exchange_id).complete
+        client.close()
+
+
+def test_a_reset_of_a_body_that_ends_with_the_connection_is_passed_on_as_a_reset(driven: Driven) -> None:
+    exchange_id, client, upstream = driven.open(EOF)
+    upstream.sendall(TEXT)
+    assert read_exactly(client, len(HEAD + TEXT)) == HEAD + TEXT
+    reset(upstream)
+    assert read_all(client) == (b"", True)
+    assert driven.end_of(exchange_id).by == "upstream_cut"
+
+
+def test_a_stream_of_events_tells_that_it_was_cut_where_its_framing_allows(driven: Driven) -> None:
+    for cut in range(len(WIRE)):
+        exchange_id, client, upstream = driven.open(CHUNKED, sse=True, cut_message=ERROR)
+        upstream.sendall(WIRE[:cut])
+        upstream.close()
+        data, _ = read_all(client)
+        told = ERROR_CHUNK if cut == 0 else ERROR_CHUNK_AFTER_TEXT if cut in BOUNDARIES else b""
+        assert data == HEAD + WIRE[:cut] + told
+        assert driven.end_of(exchange_id).by == "upstream_cut"
+        client.close()
+
+
+def test_a_body_that_is_not_chunked_as_announced_is_cut(driven: Driven) -> None:
+    exchange_id, client, upstream = driven.open(CHUNKED, sse=True, cut_message=ERROR)
+    upstream.sendall(b"5\r\nhello\r\nnonsense\r\n0\r\n\r\n")
+    assert read_all(client) == (HEAD + b"5\r\nhello\r\n", False)
+    assert driven.end_of(exchange_id).by == "upstream_cut"
+    assert at_end(upstream)
+
+
+# --- the client's death --------------------------------------------------------------------------------------------
+
+def half_close(sock: socket.socket) -> None:
+    sock.shutdown(socket.SHUT_WR)
+
+
+@pytest.mark.parametrize("leave", [socket.socket.close, reset, half_close])
+@pytest.mark.parametrize(("framing", "body"), [(CHUNKED, WIRE), (content_length(len(TEXT)), TEXT), (EOF, TEXT)])
+def test_client_leaves_at_every_byte_of_a_silent_upstream(driven: Driven, framing: Framing, body: bytes,
+                                                          leave: Act) -> None:
+    for at in range(len(body)):
+        exchange_id, client, upstream = driven.open(framing)
+        upstream.sendall(body[:at])
+        assert read_exactly(client, len(HEAD) + at) == HEAD + body[:at]
+        leave(client)
+        assert at_end(upstream)
+        end = driven.end_of(exchange_id)
+        assert (end.by, end.complete, end.bytes_to_client) == ("client", False, len(HEAD) + at)
+        client.close()
+
+
+def test_client_that_left_before_the_hand_over(driven: Driven) -> None:
+    client, client_side = driven.sockets.pair()
+    client.close()
+    upstream, upstream_side = driven.sockets.pair()
+    driven.loop.add(client_side, upstream_side, handover(7, HEAD, CHUNKED))
+    assert driven.end_of(7).by == "client"
+    assert at_end(upstream)
+
+
+def test_client_that_leaves_an_upstream_that_never_stops_sending(driven: Driven) -> None:
+    exchange_id, client, upstream = driven.open(EOF)
+    read_exactly(client, len(HEAD))
+    client.close()
+    with pytest.raises((BrokenPipeError, ConnectionResetError)):
+        while True:
+            upstream.send(b"x" * 1000)
+    assert driven.end_of(exchange_id).by == "client"
+
+
+# --- whole bodies --------------------------------------------------------------------------------------------------
+
+@given(text=chunked_texts(max_chunk=400), cuts=st.lists(st.integers(0, 10_000), max_size=6),
+       read_ahead=st.integers(0, 10_000), beyond=st.sampled_from([b"", b"5\r\nmore!\r\n"]),
+       read_bytes=st.integers(1, 3000), kind=st.sampled_from(["chunked", "length", "eof"]))
+def test_bytes_are_identical_however_they_come(driven_for_all: Driven, text: ChunkedText, cuts: list[int],
+                                               read_ahead: int, beyond: bytes, read_bytes: int, kind: str) -> None:
+    driven = driven_for_all
+    body = text.data
+    framing = {"chunked": CHUNKED, "length": content_length(len(body)), "eof": EOF}[kind]
+    data = body if kind == "eof" else body + beyond
+    ahead = read_ahead % (len(data) + 1)
+    exchange_id, client, upstream = driven.open(framing, to_client=HEAD + data[:ahead])
+    places = sorted({ahead, len(data)} | {cut % len(data) for cut in cuts if cut % len(data) > ahead})
+    pieces = [data[start:end] for start, end in zip(places, places[1:], strict=False)]
+    if kind == "eof":
+        upstream.sendall(b"".join(pieces))
+        upstream.close()
+        assert read_all(client) == (HEAD + body, False)
+    else:
+        assert pump(upstream, pieces, client, read_bytes) == HEAD + body
+    end = driven.end_of(exchange_id)
+    assert (end.by, end.complete, end.bytes_to_client) == ("upstream", True, len(HEAD + body))
+    driven.forget()
+
+
+@given(chunks=st.lists(st.integers(1, 60_000), min_size=1, max_size=8), write_bytes=st.integers(500, 100_000),
+       read_bytes=st.integers(300, 50_000), buffer_bytes=st.sampled_from([2048, 8192, 65536]))
+def test_bytes_are_identical_for_a_slow_client(driven_for_all: Driven, chunks: list[int], write_bytes: int,
+                                               read_bytes: int, buffer_bytes: int) -> None:
+    driven = driven_for_all
+    body = b"".join(b"%x\r\n%s\r\n" % (size, random.Random(size).randbytes(size)) for size in chunks) + b"0\r\n\r\n"
+    exchange_id, client, upstream = driven.open(CHUNKED, buffer_bytes=buffer_bytes)
+    pieces = [body[at : at + write_bytes] for at in range(0, len(body), write_bytes)]
+    assert pump(upstream, pieces, client, read_bytes) == HEAD + body
+    assert driven.end_of(exchange_id).complete
+    driven.forget()
+
+
+@pytest.fixture(scope="module")
+def driven_for_all() -> Iterator[Driven]:
+    with driven_loop() as driven:
+        yield driven
+
+
+def test_a_body_that_came_whole_with_the_head(driven: Driven) -> None:
+    for framing, body in ((CHUNKED, WIRE), (content_length(len(TEXT)), TEXT), (content_length(0), b"")):
+        exchange_id, client, upstream = driven.open(framing, to_client=HEAD + body)
+        assert read_all(client) == (HEAD + body, False)
+        assert driven.end_of(exchange_id).complete
+        assert at_end(upstream)
+
+
+def test_the_upstream_is_closed_with_the_end_of_the_body_not_with_its_own(driven: Driven) -> None:
+    _, client, upstream = driven.open(CHUNKED)
+    upstream.sendall(WIRE)
+    assert at_end(upstream)
+    assert read_all(client) == (HEAD + WIRE, False)
+
+
+# --- back-pressure -------------------------------------------------------------------------------------------------
+
+def fill(driven: Driven, upstream: socket.socket, data: bytes) -> int:
+    """Writes until nothing moves any more: the relay holds bytes, and the upstream can send no more."""
+    upstream.setblocking(False)
+    view = memoryview(data)
+    sent = 0
+    refused = 0
+    while refused < 20:
+        try:
+            sent += upstream.send(view[sent:])
+            refused = 0
+        except BlockingIOError:
+            refused += 1
+            driven.settle()
+    upstream.setblocking(True)
+    return sent
+
+
+def turns_for(driven: Driven, ping_pongs: int) -> int:
+    """Turns that the loop makes while another exchange moves so many chunks."""
+    _, client, upstream = driven.open(CHUNKED)
+    read_exactly(client, len(HEAD))
+    before = driven.loop.turns
+    for _ in range(ping_pongs):
+        upstream.sendall(b"1\r\nx\r\n")
+        read_exactly(client, 6)
+    turns = driven.loop.turns - before
+    client.close()
+    return turns
+
+
+def test_a_client_that_does_not_read_stops_the_upstream_and_then_gets_every_byte(driven: Driven) -> None:
+    body = random.Random(1).randbytes(50_000_000)
+    exchange_id, client, upstream = driven.open(content_length(len(body)), buffer_bytes=65536)
+    sent = fill(driven, upstream, body)
+    assert sent < 2_000_000  # what the kernel's four small buffers hold, and one read's bytes
+    held = driven.held(exchange_id)
+    assert 0 < held <= READ_BYTES
+    assert turns_for(driven, 20) <= 60  # it does not spin meanwhile
+    writer = threading.Thread(target=upstream.sendall, args=(memoryview(body)[sent:],))
+    writer.start()
+    data, was_reset = read_all(client)
+    writer.join()
+    assert not was_reset
+    assert data == HEAD + body
+    end = driven.end_of(exchange_id)
+    assert end.complete and end.bytes_to_client == len(HEAD + body)
+
+
+@pytest.mark.parametrize("die", [socket.socket.close, reset])
+def test_an_upstream_that_dies_while_the_client_does_not_read(driven: Driven, die: Act) -> None:
+    body = random.Random(2).randbytes(10_000_000)
+    exchange_id, client, upstream = driven.open(content_length(len(body)), buffer_bytes=65536)
+    sent = fill(driven, upstream, body)
+    die(upstream)
+    driven.settle()
+    assert turns_for(driven, 20) <= 60
+    data, was_reset = read_all(client)
+    assert not was_reset
+    assert (HEAD + body).startswith(data)
+    if die is not reset:  # a reset throws away what its sender's kernel still held
+        assert len(data) == len(HEAD) + sent
+    assert driven.end_of(exchange_id).by == "upstream_cut"
+
+
+def test_a_client_that_leaves_while_bytes_wait_for_it(driven: Driven) -> None:
+    exchange_id, client, upstream = driven.open(EOF, buffer_bytes=65536)
+    fill(driven, upstream, bytes(10_000_000))
+    client.close()
+    assert driven.end_of(exchange_id).by == "client"
+    assert at_end(upstream)
+
+
+# --- ends that are not the peers' ----------------------------------------------------------------------------------
+
+def test_a_pipelined_request_is_neither_read_nor_spun_on_and_costs_no_byte(driven: Driven) -> None:
+    exchange_id, client, upstream = driven.open(CHUNKED)
+    client.sendall(b"GET / HTTP/1.1\r\n\r\n" * 500)
+    assert read_exactly(client, len(HEAD)) == HEAD
+    before = driven.loop.turns
+    for _ in range(50):
+        upstream.sendall(b"1\r\nx\r\n")
+        assert read_exactly(client, 6) == b"1\r\nx\r\n"
+    assert driven.loop.turns - before <= 60
+    client.sendall(b"more")
+    upstream.sendall(b"5\r\nabcde\r\n0\r\n\r\n")
+    assert driven.end_of(exchange_id).complete
+    assert read_all(client) == (b"5\r\nabcde\r\n0\r\n\r\n", False)  # no reset has eaten the tail
+
+
+def test_a_client_that_never_closes_is_let_go(driven: Driven) -> None:
+    _, client, upstream = driven.open(CHUNKED)
+    upstream.sendall(WIRE)
+    assert read_all(client) == (HEAD + WIRE, False)
+    client.sendall(b"still here")  # dropped
+    driven.settle()
+    driven.advance(LINGER_S + 1)
+    with pytest.raises((BrokenPipeError, ConnectionResetError)):
+        while True:
+            client.send(b"anybody?")
+
+
+@pytest.mark.parametrize("framing", [CHUNKED, EOF])
+def test_idle_timeout(driven: Driven, framing: Framing) -> None:
+    exchange_id, client, upstream = driven.open(framing, idle_timeout_s=30, sse=True, cut_message=ERROR)
+    assert read_exactly(client, len(HEAD)) == HEAD
+    for _ in range(3):
+        driven.advance(20)
+        chunk = b"9\r\ndata: 1\n\n\r\n"
+        upstream.sendall(chunk)
+        assert read_exactly(client, len(chunk)) == chunk  # what moves starts the time anew
+    assert driven.ends == []
+    driven.advance(31)
+    end = driven.end_of(exchange_id)
+    assert (end.by, end.complete) == ("timeout", False)
+    assert end.duration_s == pytest.approx(91)
+    assert read_all(client) == ((ERROR_CHUNK, False) if framing == CHUNKED else (b"", True))
+    assert at_end(upstream)
+
+
+@pytest.mark.parametrize("at", range(len(WIRE)))
+def test_cut(driven: Driven, at: int) -> None:
+    exchange_id, client, upstream = driven.open(CHUNKED, sse=True, cut_message=b"{}")
+    upstream.sendall(WIRE[:at])
+    assert read_exactly(client, len(HEAD) + at) == HEAD + WIRE[:at]
+    driven.loop.cut(exchange_id, ERROR)
+    told, was_reset = read_all(client)
+    assert not was_reset
+    assert (ERROR in told) == (at in BOUNDARIES)
+    end = driven.end_of(exchange_id)
+    assert (end.by, end.complete) == ("cut", False)
+    assert end.bytes_to_client == len(HEAD) + at + len(told)
+    assert at_end(upstream)
+    driven.loop.cut(exchange_id)  # again: nothing
+    driven.settle()
+
+
+def test_a_cut_of_a_body_that_ends_with_the_connection_is_a_reset(driven: Driven) -> None:
+    exchange_id, client, upstream = driven.open(EOF)
+    upstream.sendall(TEXT)
+    read_exactly(client, len(HEAD + TEXT))
+    driven.loop.cut(exchange_id)
+    assert read_all(client) == (b"", True)
+
+
+def test_stop_cuts_and_reports_what_is_open(driven: Driven) -> None:
+    exchange_id, client, upstream = driven.open(CHUNKED)
+    _, tunnel_client, tunnel_upstream = driven.open(TUNNEL)
+    read_exactly(tunnel_client, len(HEAD))
+    driven.stop()
+    assert [(end.id, end.by) for end in driven.ends] == [(exchange_id, "cut"), (exchange_id + 1, "cut")]
+    assert at_end(upstream) and at_end(tunnel_client) and at_end(tunnel_upstream)
+
+
+def test_sockets_that_cannot_be_watched_are_closed_and_reported(driven: Driven) -> None:
+    client, client_side = driven.sockets.pair()
+    upstream, upstream_side = driven.sockets.pair()
+    upstream_side.close()
+    driven.loop.add(client_side, upstream_side, handover(9, HEAD, CHUNKED))
+    assert driven.end_of(9).by == "cut"
+    assert at_end(client)
+
+
+# --- tunnels -------------------------------------------------------------------------------------------------------
+
+def test_a_tunnel_carries_both_ways_and_passes_a_half_close_on(driven: Driven) -> None:
+    exchange_id, client, upstream = driven.open(TUNNEL, to_client=b"HTTP/1.1 101\r\n\r\nhi", to_upstream=b"early ")
+    assert read_exactly(client, 18) == b"HTTP/1.1 101\r\n\r\nhi"
+    client.sendall(b"question")
+    assert read_exactly(upstream, 14) == b"early question"
+    client.shutdown(socket.SHUT_WR)
+    assert at_end(upstream)
+    upstream.sendall(b"answer")
+    assert read_exactly(client, 6) == b"answer"
+    driven.settle()
+    assert driven.ends == []
+    assert turns_for(driven, 20) <= 60
+    upstream.close()
+    assert at_end(client)
+    end = driven.end_of(exchange_id)
+    assert (end.by, end.complete, end.bytes_to_client, end.bytes_to_upstream) == ("client", True, 24, 14)
+
+
+@pytest.mark.parametrize("buffer_bytes", [None, 4096])
+def test_a_tunnel_under_pressure_in_both_directions(driven: Driven, buffer_bytes: int | None) -> None:
+    exchange_id, client, upstream = driven.open(TUNNEL, to_client=b"", body_at=0, buffer_bytes=buffer_bytes)
+    up, down = random.Random(3).randbytes(1_500_000), random.Random(4).randbytes(1_000_000)
+
+    def write(sock: socket.socket, data: bytes) -> None:
+        sock.sendall(data)
+        sock.shutdown(socket.SHUT_WR)
+
+    received: dict[str, bytes] = {}
+    threads = [
+        threading.Thread(target=write, args=(client, up)),
+        threading.Thread(target=write, args=(upstream, down)),
+        threading.Thread(target=lambda: received.update(up=read_all(upstream)[0])),
+        threading.Thread(target=lambda: received.update(down=read_all(client)[0])),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert received["up"] == up and received["down"] == down
+    end = driven.end_of(exchange_id)
+    assert (end.complete, end.bytes_to_client, end.bytes_to_upstream) == (True, len(down), len(up))
+
+
+@pytest.mark.parametrize("dead", ["client", "upstream_cut"])
+def test_a_tunnel_ends_with_the_reset_of_either_side(driven: Driven, dead: str) -> None:
+    exchange_id, client, upstream = driven.open(TUNNEL, to_client=b"x", body_at=0)
+    read_exactly(client, 1)
+    died, other = (client, upstream) if dead == "client" else (upstream, client)
+    reset(died)
+    assert at_end(other)
+    end = driven.end_of(exchange_id)
+    assert (end.by, end.complete) == (dead, False)
+
+
+@pytest.mark.parametrize("die", [socket.socket.close, reset])
+def test_a_tunnel_whose_upstream_dies_while_the_client_does_not_read(driven: Driven, die: Act) -> None:
+    exchange_id, client, upstream = driven.open(TUNNEL, to_client=b"", body_at=0, buffer_bytes=65536)
+    data = random.Random(5).randbytes(5_000_000)
+    sent = fill(driven, upstream, data)
+    die(upstream)
+    driven.settle()
+    assert turns_for(driven, 20) <= 60
+    received, _ = read_all(client)
+    assert data.startswith(received)
+    if die is not reset:
+        assert len(received) == sent
+    client.close()
+    assert driven.end_of(exchange_id).by in ("upstream", "upstream_cut")
+
+
+def test_a_tunnel_can_be_cut_and_times_out(driven: Driven) -> None:
+    cut_id, client, _ = driven.open(TUNNEL)
+    late_id, late_client, _ = driven.open(TUNNEL, idle_timeout_s=10)
+    read_exactly(client, len(HEAD))
+    read_exactly(late_client, len(HEAD))
+    driven.loop.cut(cut_id)
+    assert driven.end_of(cut_id).by == "cut"
+    assert at_end(client)
+    driven.advance(11)
+    assert driven.end_of(late_id).by == "timeout"
+    assert at_end(late_client)
+
+
+# --- nothing is kept -----------------------------------------------------------------------------------------------
+
+def test_nothing_is_kept_of_what_has_ended(driven: Driven) -> None:
+    for _ in range(50):
+        exchange_id, client, upstream = driven.open(CHUNKED)
+        upstream.sendall(WIRE)
+        read_all(client)
+        client.close()
+        driven.end_of(exchange_id)
+    wait_until(lambda: driven.watched() == 1)  # its own wake-up
+    assert driven.loop.open_count() == 0
+    assert not driven.loop.busy()
