@@ -68,6 +68,7 @@ class Daemon:
         self.log_path = folder / "daemon.log"
         self.port = 0
         self.process: subprocess.Popen[bytes] | None = None
+        self.may_log_tracebacks = False
         self._log_from = 0
         # Short, as paths of sockets end at 107 bytes; every process of an engine has it in its environment.
         self.temporary = Path(tempfile.mkdtemp(prefix="vsd", dir="/tmp"))
@@ -179,8 +180,9 @@ class Daemon:
         wait_until(lambda: not self.engine_processes(), 10)
         assert list(self.temporary.iterdir()) == []
         assert self.records() == []
-        log = self.log_path.read_text(errors="replace")
-        assert "Traceback" not in log and "AssertionError" not in log, log
+        if not self.may_log_tracebacks:
+            log = self.log_path.read_text(errors="replace")
+            assert "Traceback" not in log, log
 
     def _end_everything(self) -> None:
         if self.process is not None:

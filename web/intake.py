@@ -12,7 +12,7 @@ from dataclasses import dataclass
 MAX_HEAD_BYTES = 1 << 17        # past gunicorn's own limits, so that its 431 says what is too large
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
-_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]{1,18})[ \t]*\r\n", re.IGNORECASE)
+_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]+)[ \t]*\r\n", re.IGNORECASE)
 _CHUNKED = re.compile(rb"\r\ntransfer-encoding:[^\r\n]*chunked[ \t]*\r\n", re.IGNORECASE)
 _EXPECT = re.compile(rb"\r\nexpect:[ \t]*100-continue[ \t]*\r\n", re.IGNORECASE)
 _SIZE = re.compile(rb"([0-9a-fA-F]{1,15})[ \t]*(?:;[^\r\n]*)?\r\n")
@@ -106,7 +106,8 @@ class Intake:
         head = bytes(self._buffer[:self._head_end])
         self._chunked = _CHUNKED.search(head) is not None
         if not self._chunked and (length := _LENGTH.search(head)):
-            self._length = int(length[1])
+            # Of a length beyond all bounds its first digits are enough: it is refused, and must not count as none.
+            self._length = int(length[1].lstrip(b"0")[:19] or b"0")
         self.wants_continue = _EXPECT.search(head) is not None
         return True
 
