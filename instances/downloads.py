@@ -9,16 +9,18 @@ from pathlib import Path
 GROWING_FOR_S = 30.0  # a download that stood still for so long no longer holds the start's deadline
 
 
-def cache_folder(model: str, env: Mapping[str, str]) -> Path | None:
-    """Where huggingface_hub keeps this repository's files; None for a local path.
+def cache_folder(model: str, env: Mapping[str, str], download_dir: object = None) -> Path | None:
+    """Where huggingface_hub keeps this repository's files; None for a local path.  `download_dir` is vLLM's flag.
 
     Source: huggingface_hub.constants (HF_HUB_CACHE, HF_HOME) and its `models--ORG--NAME` folder names.
     """
     if model.startswith(("/", ".", "~")) or model.count("/") > 1 or Path(model).exists():
         return None
-    home = Path(env.get("HF_HOME") or Path(env.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface").expanduser()
-    hub = Path(env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE") or home / "hub").expanduser()
-    return hub / f"models--{model.replace('/', '--')}"
+    home = Path(env.get("HF_HOME") or Path(env.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
+    hub = Path(env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE") or home / "hub")
+    folder = (Path(download_dir) if isinstance(download_dir, str) else hub) / f"models--{model.replace('/', '--')}"
+    user = env.get("HOME")
+    return Path(user, *folder.parts[1:]) if user and folder.parts[0] == "~" else folder.expanduser()
 
 
 def size_bytes(folder: Path | None) -> int:

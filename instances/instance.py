@@ -20,7 +20,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from typing import Any
 
 from errors import DaemonError, NotReady
@@ -54,6 +54,14 @@ ACTIVE = frozenset({State.STARTING, State.READY, State.BACKOFF})
 """Will serve, now or soon: what a create finds and what a request may wait for."""
 
 
+class Haste(IntEnum):
+    """How a stop goes about it; it may grow while the stop is under way, never shrink."""
+
+    DRAIN = 0       # requests in flight get DRAIN_TIMEOUT, then SIGTERM, then SIGKILL
+    TERMINATE = 1   # they had their time: cut them, then SIGTERM, then SIGKILL
+    KILL = 2        # cut them and SIGKILL
+
+
 @dataclass(frozen=True)
 class InstanceSpec:
     """What the user asked for.  Two specs with equal `flags` run the same engine."""
@@ -82,7 +90,8 @@ class Lease:
     """The right to send one request to one instance.  Made and ended by the manager, under its lock.
 
     `cut` tells the holder that the instance will not let it finish: the callback closes the connection, the
-    error says why.  A callback that is registered after the cut runs at once.
+    error says why.  A callback that is registered after the cut runs at once; in a race it may run twice, and never
+    not at all.  It must not raise.
     """
 
     def __init__(self, instance_id: str, port: int, release: Callable[[Lease, bool], None]) -> None:
@@ -166,12 +175,14 @@ class Instance:
     memory_planned_bytes: int | None = None
     memory_measured_bytes: int | None = None
     leases: set[Lease] = field(default_factory=set)
+    waiting: int = 0                    # requests that wait for it to become ready
     last_success: float = 0.0           # monotonic: when the engine last answered a request
-    failures: deque[float] = field(default_factory=deque)
+    failures: deque[float] = field(default_factory=deque)   # those within FAILURE_WINDOW_S
+    failures_in_a_row: int = 0          # since it last served for as long as that
     restarts: int = 0
     retry_at: float | None = None       # monotonic, in backoff
     last_error: Problem | None = None
-    force_stop: bool = False
+    haste: Haste = Haste.DRAIN
     after: frozenset[str] = frozenset() # ids that must be gone before this one starts (a replacement)
     engine: Mapping[str, Any] = field(default_factory=dict)  # facts of its start-up log
     on_change: Callable[[Instance, State], None] | None = None
@@ -198,21 +209,27 @@ class Instance:
         return lease
 
     def record_failure(self, now: float) -> float | None:
-        """Count a failure; the seconds to wait before the next start, or None when it failed too often."""
+        """Count a failure; the seconds to wait before the next start, or None when it failed too often.
+
+        The wait doubles with each failure in a row, slow ones too, of which few fit into the window.
+        """
+        if self.state is State.READY and now - self.changed_at >= FAILURE_WINDOW_S:
+            self.failures_in_a_row = 0
+        self.failures_in_a_row += 1
         self.failures.append(now)
-        while self.failures and now - self.failures[0] > FAILURE_WINDOW_S:
+        while now - self.failures[0] > FAILURE_WINDOW_S:
             self.failures.popleft()
         if len(self.failures) >= FAILURES_ALLOWED:
             return None
-        return float(min(2 ** (len(self.failures) - 1), BACKOFF_LIMIT_S))
+        return min(2.0 ** min(self.failures_in_a_row - 1, 10), BACKOFF_LIMIT_S)
 
     def idle_for(self, now: float) -> float:
-        """Seconds since its last request ended; 0 while one is running."""
-        return 0.0 if self.leases else max(0.0, now - self.last_used)
+        """Seconds since its last request ended; 0 while one is running or waits."""
+        return 0.0 if self.leases or self.waiting else max(0.0, now - self.last_used)
 
     def expired(self, now: float) -> bool:
         """Whether nobody wants it any more, by its own idle clock."""
-        return self.spec.timeout_s > 0 and not self.leases and now - self.last_used >= self.spec.timeout_s
+        return 0 < self.spec.timeout_s <= self.idle_for(now)
 
     def expires_in(self, now: float) -> float | None:
         if self.spec.timeout_s <= 0 or self.state not in ACTIVE:

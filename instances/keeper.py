@@ -7,143 +7,160 @@ go back through the registry, which may refuse them when the state has moved on 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from errors import DaemonError, EngineDied, EngineStopped, NoRoom
+from errors import DaemonError, EngineDied, EngineStopped, NoFreePort, NoRoom
 from instances import downloads, probe
-from instances.instance import Instance, Problem, State
-from instances.launcher import Engine, LaunchSpec, prune_logs, trim_log
+from instances.instance import Haste, Instance, Problem, State
+from instances.launcher import Engine, LaunchRefused, LaunchSpec
+from instances.log_file import LogReader, prune_logs, read_tail
+from instances.registry import Registry
+from instances.resources import LOGS_KEPT, Resources
+from instances.sockets import Listener
 from instances.startup_log import StartupLog
-
-if TYPE_CHECKING:
-    from instance_manager import InstanceManager
+from instances.store import Record
+from instances.watchdog import Verdict, Watchdog
 
 log = logging.getLogger("vllm_server.keeper")
 
-STARTING_STEP_S = 0.1
-READY_STEP_S = 0.25
-STOPPING_STEP_S = 0.05
+STEP_S = {State.STARTING: 0.1, State.READY: 0.25, State.BACKOFF: 0.1, State.STOPPING: 0.05}
 HOUSEKEEPING_S = 5.0
 LAST_WORDS_S = 1.0          # a dying API server tells its clients within 0.1 s; then it is ended
 CUT_WAIT_S = 2.0            # for request threads to let go of a connection that was cut
+TURN_PATIENCE_S = 30.0      # a stop waits so long for another instance to be done on the same GPU
 ADOPTED_READY_S = 30.0      # an engine that served before and is silent now is restarted after so long
 DOWNLOAD_LOOK_S = 2.0
-LOGS_KEPT = 50
-TAIL_BYTES = 1 << 16
-
-
-class LogReader:
-    """Reads what was added to a log since the last time; begins anew where the file was trimmed."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._position = 0
-
-    def read(self) -> str:
-        try:
-            with open(self._path, "rb") as file:
-                if file.seek(0, 2) < self._position:
-                    self._position = 0
-                file.seek(self._position)
-                data = file.read(1 << 20)
-                self._position += len(data)
-        except OSError:
-            return ""
-        return data.decode("utf-8", "replace")
 
 
 class Keeper:
-    """`tick` returns the seconds until it wants to be called again, or False when the instance is gone."""
+    """`tick` returns the seconds until it wants to be called again, or False when there is nothing left to keep.
 
-    def __init__(self, instance: Instance, registry: InstanceManager, *,
-                 engine: Engine | None = None, served_before: bool = False) -> None:
+    `engine` is one that an earlier daemon left running, `served_before` whether it had been ready; `remains` ends what
+    such a daemon left of an engine that does not run any more.
+    """
+
+    def __init__(self, instance: Instance, registry: Registry, resources: Resources, *, engine: Engine | None = None,
+                 served_before: bool = False, remains: Callable[[], object] | None = None) -> None:
         self._instance = instance
         self._registry = registry
+        self._resources = resources
         self._engine = engine
         self._served = served_before
-        self._begin_watch(registry.clock())
-        if engine is not None and served_before:
-            self._deadline = registry.clock() + ADOPTED_READY_S
-        self._cleaned_at = self._probed_at = registry.clock()
-        self._term_at: float | None = None
+        self._remains = remains
+        self._holds_nothing = False         # no process, port or turn, and no request on its connections
+        self._avoid: set[int] = set()       # ports that it could not use
+        self._saved: Record | None = None
+        self._save_at = self._housekeeping_at = 0.0
         self._cut_at: float | None = None
+        self._drained_at: float | None = None
+        self._term_at: float | None = None
+        self._health: probe.Probe | None = None
+        self._watchdog: Watchdog | None = None
+        self._follow_start(registry.clock(), ADOPTED_READY_S if served_before else instance.spec.start_timeout_s)
 
     def tick(self, now: float) -> float | bool:
-        steps: Mapping[State, tuple[Callable[[float], None], float]] = {
-            State.STARTING: (self._start, STARTING_STEP_S), State.READY: (self._watch, READY_STEP_S),
-            State.BACKOFF: (self._back_off, STARTING_STEP_S), State.STOPPING: (self._stop, STOPPING_STEP_S),
-        }
+        if self._remains is not None:
+            self._remains()
+            self._remains = None
+        steps: dict[State, Callable[[float], None]] = {
+            State.STARTING: self._start, State.READY: self._watch, State.BACKOFF: self._back_off,
+            State.STOPPING: self._stop}
         state = self._instance.state
-        if state not in steps:  # failed, or a failed one that was deleted before this tick
+        if state in steps:
+            steps[state](now)
+        else:   # failed, or failed and already deleted: its cause stays listed, but the next daemon need not know it
             self._clean_up(EngineDied(self._instance.why))
-            self._registry.keeper_ended(self._instance)
+            self._resources.forget(self._instance.id)
             return False
-        step, interval_s = steps[state]
-        step(now)
-        return interval_s
+        if self._instance.state is State.STOPPED:
+            return False
+        self._save(now)
+        return STEP_S.get(self._instance.state, 0.0)
+
+    def _save(self, now: float) -> None:
+        """Make the record on disk say what is.  If it cannot be written, what serves goes on serving."""
+        engine = self._engine.record if self._engine is not None else None
+        record = self._resources.record(self._registry.view(self._instance), engine)
+        if record == self._saved or now < self._save_at:
+            return
+        try:
+            self._resources.state_dir.save(record)
+        except OSError as error:
+            log.error("%s: its record cannot be written: %s", self._instance.id, error)
+            self._save_at = now + HOUSEKEEPING_S
+        else:
+            self._saved = record
 
     # --- starting -------------------------------------------------------------------------------------------------
 
-    def _begin_watch(self, now: float) -> None:
+    def _follow_start(self, now: float, limit_s: float) -> None:
+        """Watch an engine's start from now on; it has `limit_s` seconds."""
+        spec = self._instance.spec
         self._log = StartupLog()
         self._reader = LogReader(Path(self._instance.log_path))
-        self._download = downloads.DownloadWatch(
-            downloads.cache_folder(self._instance.spec.model, self._registry.engine_environment(None)), now)
-        self._looked_at = now
-        self._deadline = now + self._instance.spec.start_timeout_s
-        self._health: probe.Probe | None = None
-        self._question: probe.Probe | None = None
-        self._question_is_health = True
-        self._inference_path: str | None = None
-        self._tokens: float | None = None
+        self._download: downloads.DownloadWatch | None = None
+        if self._engine is not None:
+            self._download = downloads.DownloadWatch(downloads.cache_folder(
+                spec.model, self._resources.environment, spec.flags.get("download_dir")), now)
+        self._looked_at, self._limit_s, self._deadline = now, limit_s, now + limit_s
 
     def _start(self, now: float) -> None:
         if self._engine is None:
             self._launch(now)
             return
         self._log.feed(self._reader.read())
+        self._reader.trim(self._resources.settings.instance_log_bytes)
         phase = self._watch_download(now)
-        self._registry.update(self._instance, phase=phase, progress=self._log.progress)
+        self._registry.note_phase(self._instance, phase, self._log.progress)
         if not self._engine.running():
-            self._log.feed(self._reader.read())
             self._fail_start()
         elif self._health_answers():
-            self._become_ready()
+            self._become_ready(now)
         elif now >= self._deadline:
             self._fail(Problem(
-                "start_timeout", f"{self._instance.spec.model} was not ready within "
-                f"{self._instance.spec.start_timeout_s:g} s (it hung in phase {phase}); its log tells more, and "
-                "start_timeout in the request or START_TIMEOUT gives it longer", status=504))
+                "start_timeout", f"{self._instance.spec.model} was not ready within {self._limit_s:g} s (it hung in "
+                f"phase {phase}); its log tells more, and start_timeout in the request or START_TIMEOUT gives it "
+                "longer", status=504))
 
     def _launch(self, now: float) -> None:
-        instance, registry = self._instance, self._registry
-        if waits_for := registry.blocked_by(instance):
-            registry.update(instance, phase=waits_for)
+        if waits_for := self._blocked_by(now):
+            self._registry.note_phase(self._instance, waits_for)
             return
         try:
-            plan = registry.place(instance)
-            port = registry.reserve_port(instance)
-            spec = LaunchSpec(instance_id=instance.id, argv=registry.command_line(instance, port),
-                              env=registry.engine_environment(plan.visible), log_path=Path(instance.log_path))
-            registry.save(instance, None)
-            self._engine = registry.launcher.launch(spec)
-        except OSError as error:
-            self._fail(Problem("state_dir", f"{instance.spec.model} is not started, its record cannot be written: "
-                                            f"{error.strerror or error} (STATE_DIR)", status=503))
+            self._engine = self._run_engine(now)
+        except (DaemonError, OSError) as error:
+            self._fail(_problem_of_launch(self._instance.spec.model, error))
             return
-        except DaemonError as error:
-            self._fail(Problem(error.code, error.message, status=error.status,
-                               permanent=not isinstance(error, NoRoom) or error.code == "not_enough_gpus"))
-            return
-        registry.update(instance, pid=self._engine.pid, phase="starting", progress=0.0)
-        registry.save(instance, self._engine.record)
         self._served = False
-        self._begin_watch(now)
-        prune_logs(Path(instance.log_path).parent, LOGS_KEPT, registry.log_paths())
+        self._registry.note_process(self._instance, self._engine.pid)
+        self._follow_start(now, self._instance.spec.start_timeout_s)
+        prune_logs(Path(self._instance.log_path).parent, LOGS_KEPT, self._registry.log_paths())
+
+    def _blocked_by(self, now: float) -> str | None:
+        """Why it may not start yet; None: it has its turn on its devices."""
+        if self._registry.waits_for_old(self._instance):
+            return "waiting_for_old_instance"
+        self._holds_nothing = False
+        if not self._resources.take_turn(self._instance.id, self._instance.devices, now):
+            return "waiting_for_device"
+        return None
+
+    def _run_engine(self, now: float) -> Engine:
+        """Raises DaemonError and OSError."""
+        instance, resources = self._instance, self._resources
+        plan = resources.place(instance.id, instance.spec, now)
+        port = resources.reserve_port(instance.id, instance.port, self._avoid)
+        self._registry.note_place(instance, plan, port)
+        return resources.launcher.launch(LaunchSpec(
+            instance_id=instance.id, argv=resources.command_line(instance.spec, port),
+            env=resources.engine_environment(plan.visible), log_path=Path(instance.log_path)))
 
     def _watch_download(self, now: float) -> str:
+        """The phase; while a download grows, the deadline moves on."""
+        if self._download is None:
+            return self._log.phase
         if now - self._looked_at >= DOWNLOAD_LOOK_S:
             self._looked_at = now
             self._deadline += self._download.look(now)
@@ -159,44 +176,70 @@ class Keeper:
         self._health = None
         return answer.status == 200
 
-    def _become_ready(self) -> None:
+    def _become_ready(self, now: float) -> None:
         assert self._engine is not None and self._instance.port is not None
-        names = self._ask_names(self._instance.port)
+        if (problem := self._check_listener(self._engine, self._instance.port)) is not None:
+            self._fail(problem)
+            return
+        answer = probe.wait(probe.models(self._instance.port))
+        names = tuple(probe.model_names(answer.body)) if answer is not None else ()
         self._engine.watch_core()
         self._served = True
-        self._probed_at = self._registry.clock()
-        self._measure()
-        self._registry.became_ready(self._instance, names=names, facts=self._log.facts)
-        self._registry.save(self._instance, self._engine.record)
+        self._measure(now)
+        self._housekeeping_at = now + HOUSEKEEPING_S
+        self._watchdog = Watchdog(self._instance.port, self._instance.spec.names[0], self._registry.clock())
+        self._resources.end_turn(self._instance.id)
+        self._registry.became_ready(self._instance, names, _known_facts(self._log))
 
-    def _ask_names(self, port: int) -> tuple[str, ...]:
-        question = probe.models(port)
-        answer = probe.wait(question)
-        return tuple(probe.model_names(answer.body)) if answer is not None else ()
+    def _check_listener(self, engine: Engine, port: int) -> Problem | None:
+        """Health was answered: by this engine, and to this machine only?"""
+        model, found = self._instance.spec.model, engine.listener(port)
+        if found is Listener.STRANGER:
+            self._avoid.add(port)
+            return Problem("port_in_use", f"another program listens on port {port} that {model} was given; the next "
+                                          "try uses another one", status=503)
+        if found is Listener.EXPOSED:
+            return Problem("engine_exposed", f"the engine of {model} listens for other machines too, although it was "
+                                             "told --host 127.0.0.1; check VLLM_COMMAND", status=500, permanent=True)
+        return None
 
     def _fail_start(self) -> None:
         assert self._engine is not None
+        for piece in self._reader.read_rest():
+            self._log.feed(piece)
         cause = self._log.cause(self._engine.exit_code(), self._instance.spec.model)
+        if cause.code == "port_in_use" and self._instance.port is not None:
+            self._avoid.add(self._instance.port)
         self._fail(Problem(cause.code, cause.message, cause.detail, cause.status, cause.permanent, cause.suggestion))
 
     # --- ready ----------------------------------------------------------------------------------------------------
 
     def _watch(self, now: float) -> None:
-        assert self._engine is not None
+        assert self._engine is not None and self._watchdog is not None
         if not self._engine.running():
             self._died(f"its server process {self._engine.pid} ended (exit code {self._engine.exit_code()})")
-        elif (dead := self._engine.dead_core()) is not None:
+            return
+        if (dead := self._engine.dead_core()) is not None:
             self._died(f"its engine process {dead} ended")
-        else:
-            if now - self._cleaned_at >= HOUSEKEEPING_S:
-                self._cleaned_at = now
-                trim_log(Path(self._instance.log_path), self._registry.settings.instance_log_bytes)
-                self._measure()
-            self._probe(now)
+            return
+        if now >= self._housekeeping_at:
+            self._housekeeping_at = now + HOUSEKEEPING_S
+            self._reader.trim(self._resources.settings.instance_log_bytes)
+            self._measure(now)
+        settings = self._resources.settings
+        verdict = self._watchdog.look(now, last_success=self._instance.last_success,
+                                      interval_s=settings.probe_interval_s, timeout_s=settings.probe_timeout_s)
+        if verdict is Verdict.HANGS:
+            self._fail(Problem(
+                "engine_hung", f"the engine of {self._instance.spec.model} hangs: a small request was not answered "
+                f"within {settings.probe_timeout_s:g} s and no tokens were made meanwhile; it is restarted"))
+        elif verdict is not None:
+            self._died(verdict.value)
 
-    def _measure(self) -> None:
+    def _measure(self, now: float) -> None:
         assert self._engine is not None
-        self._registry.measure(self._instance, self._engine.pids())
+        measured = self._resources.memory_bytes(self._instance.id, self._engine.pids(), now)
+        self._registry.note_memory(self._instance, measured)
 
     def _died(self, what: str) -> None:
         tail = StartupLog()
@@ -206,73 +249,6 @@ class Keeper:
         self._fail(Problem("engine_died", f"the engine of {self._instance.spec.model} died, {what}{known}",
                            cause.detail))
 
-    def _probe(self, now: float) -> None:
-        """Find an engine that hangs: health first, then a real request, unless real requests are being answered."""
-        interval_s = self._registry.settings.probe_interval_s
-        if self._question is not None:
-            self._read_question(now)
-        elif interval_s > 0 and now - max(self._probed_at, self._instance.last_success) >= interval_s:
-            self._ask(now, is_health=True)
-
-    def _ask(self, now: float, *, is_health: bool) -> None:
-        assert self._instance.port is not None
-        port = self._instance.port
-        if not is_health and self._inference_path is None:
-            self._inference_path = next(iter(probe.INFERENCE))
-        self._question_is_health = is_health
-        if is_health or not self._inference_path:
-            self._question = probe.health(port)
-        else:
-            # Under load a probe may queue for long: then the tokens made meanwhile tell busy from hung.
-            self._tokens = self._tokens_done(port) if self._instance.leases else None
-            self._question = probe.inference(port, self._instance.names[0], self._inference_path)
-        self._probed_at = now
-
-    def _read_question(self, now: float) -> None:
-        assert self._question is not None
-        answer = self._question.poll()
-        if answer is None:
-            if now - self._probed_at >= self._registry.settings.probe_timeout_s:
-                self._close_question()
-                self._judge_silence(now)
-            return
-        self._close_question()
-        if self._question_is_health and answer.status == 503:
-            self._died("it reports that its engine is dead")
-        elif self._question_is_health and self._inference_path != "":
-            self._ask(now, is_health=False)
-        elif not self._question_is_health and answer.status in (400, 404) and self._inference_path:
-            self._next_inference_path(now)
-        self._probed_at = now
-
-    def _next_inference_path(self, now: float) -> None:
-        """This runner has no such route: ask in the next way, or be content with health ('')."""
-        paths = list(probe.INFERENCE)
-        index = paths.index(self._inference_path or paths[0]) + 1
-        self._inference_path = paths[index] if index < len(paths) else ""
-        if self._inference_path:
-            self._ask(now, is_health=False)
-
-    def _judge_silence(self, now: float) -> None:
-        """Nothing came back in time: it hangs, unless other requests were answered or tokens were made meanwhile."""
-        assert self._instance.port is not None
-        if self._instance.last_success > self._probed_at:
-            return
-        if self._tokens is not None and self._tokens_done(self._instance.port) not in (None, self._tokens):
-            return
-        self._fail(Problem(
-            "engine_hung", f"the engine of {self._instance.spec.model} hangs: a small request was not answered within "
-            f"{self._registry.settings.probe_timeout_s:g} s and no tokens were made meanwhile; it is restarted"))
-
-    def _tokens_done(self, port: int) -> float | None:
-        answer = probe.wait(probe.metrics(port))
-        return probe.tokens_done(answer.body) if answer is not None and answer.status == 200 else None
-
-    def _close_question(self) -> None:
-        if self._question is not None:
-            self._question.close()
-            self._question = None
-
     # --- failing --------------------------------------------------------------------------------------------------
 
     def _fail(self, problem: Problem) -> None:
@@ -280,59 +256,87 @@ class Keeper:
         self._registry.record_problem(self._instance, problem)
 
     def _back_off(self, now: float) -> None:
-        dying = self._engine is not None and self._served and self._engine.running() and self._instance.leases
-        if dying and now - self._instance.changed_at < LAST_WORDS_S:
-            return
-        if self._engine is not None:
+        if not self._holds_nothing:
+            dying = self._served and self._instance.leases and self._engine is not None and self._engine.running()
+            if dying and now - self._instance.changed_at < LAST_WORDS_S:
+                return
             problem = self._instance.last_error
-            self._clean_up(EngineDied(problem.message if problem else "the engine died"))
-            self._registry.save(self._instance, None)
+            if not self._clean_up(EngineDied(problem.message if problem else "the engine died")):
+                return      # what cannot be killed holds its memory: a new one would fail
         self._registry.restart_if_due(self._instance)
 
-    def _clean_up(self, error: DaemonError) -> None:
-        """End the tree and what waits on it; afterwards the device and the port are free."""
-        self._close_question()
+    def _clean_up(self, error: DaemonError) -> bool:
+        """End the tree and what waits on it, then free port and devices; True when no process is left."""
         if self._health is not None:
             self._health.close()
-            self._health = None
+        if self._watchdog is not None:
+            self._watchdog.close()
+        self._health = self._watchdog = None
         self._registry.cut_leases(self._instance, error)
         if self._engine is not None:
-            self._engine.destroy()
+            if not self._engine.destroy() and self._instance.state is State.BACKOFF:
+                return False
             self._engine = None
-        self._registry.release_resources(self._instance)
+        self._registry.note_ended(self._instance)
+        self._resources.give_back(self._instance.id)
+        self._holds_nothing = True
+        return True
 
     # --- stopping -------------------------------------------------------------------------------------------------
 
     def _stop(self, now: float) -> None:
-        instance, engine = self._instance, self._engine
-        force = instance.force_stop
-        self._close_question()
-        if instance.leases and not force and now - instance.changed_at < self._registry.settings.drain_timeout_s:
+        """Drain, cut, SIGTERM, SIGKILL: each step only when the one before is over."""
+        if self._watchdog is not None:
+            self._watchdog.close()
+        if self._drains(now) or self._terminates(now):
             return
-        if instance.leases:
-            # An engine that gets SIGTERM with a connection open never ends: ours are closed first.
-            self._cut_at = self._cut_at or now
-            self._registry.cut_leases(instance, EngineStopped(
-                f"instance {instance.id} of {instance.spec.model} is being stopped ({instance.why})"))
-            if now - self._cut_at < CUT_WAIT_S:
-                return
-        if engine is not None and self._served and not force and engine.running():
-            if self._term_at is None:
-                if self._registry.must_wait_for_turn(instance):
-                    return
-                self._term_at = now
-                engine.terminate()
-            if now - self._term_at < (grace_s := self._registry.settings.stop_timeout_s):
-                return
-            log.warning("%s: still there %g s after SIGTERM; killing it", instance.id, grace_s)
+        instance = self._instance
         self._clean_up(EngineStopped(f"instance {instance.id} of {instance.spec.model} was stopped"))
-        self._registry.finished(instance)  # the next tick ends this keeper
+        self._resources.forget(instance.id)
+        self._registry.drop(instance)
+
+    def _drains(self, now: float) -> bool:
+        """Whether requests in flight have to be waited for still."""
+        instance = self._instance
+        if not instance.leases:
+            return False
+        if instance.haste is Haste.DRAIN and now - instance.changed_at < self._resources.settings.drain_timeout_s:
+            return True
+        # An engine that gets SIGTERM with a connection open never ends: ours are closed first.
+        if self._cut_at is None:
+            self._cut_at = now
+        self._registry.cut_leases(instance, EngineStopped(
+            f"instance {instance.id} of {instance.spec.model} is being stopped ({instance.why})"))
+        return instance.haste is not Haste.KILL and bool(instance.leases) and now - self._cut_at < CUT_WAIT_S
+
+    def _terminates(self, now: float) -> bool:
+        """Whether an engine that serves is on its way out still; one that loads swallows SIGTERM and is killed."""
+        engine, haste = self._engine, self._instance.haste
+        if engine is None or not self._served or haste is Haste.KILL or not engine.running():
+            return False
+        if self._term_at is None:
+            if self._drained_at is None:
+                self._drained_at = now
+            if (haste is Haste.DRAIN and now - self._drained_at < TURN_PATIENCE_S
+                    and not self._resources.take_turn(self._instance.id, self._instance.devices, now)):
+                return True
+            self._term_at = now
+            engine.terminate()
+        if now - self._term_at < (limit_s := self._resources.settings.stop_timeout_s):
+            return True
+        log.warning("%s: still there %g s after SIGTERM; killing it", self._instance.id, limit_s)
+        return False
 
 
-def read_tail(path: Path, limit_bytes: int = TAIL_BYTES) -> str:
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, file.seek(0, 2) - limit_bytes))
-            return file.read().decode("utf-8", "replace")
-    except OSError:
-        return ""
+def _known_facts(start: StartupLog) -> dict[str, object]:
+    return {name: value for name, value in asdict(start.facts).items() if value is not None}
+
+
+def _problem_of_launch(model: str, error: DaemonError | OSError) -> Problem:
+    """Why no engine was started, and whether another try makes sense."""
+    if isinstance(error, DaemonError):
+        passing = isinstance(error, NoRoom | NoFreePort | LaunchRefused) and error.code != "not_enough_gpus"
+        return Problem(error.code, error.message, status=error.status, permanent=not passing)
+    return Problem("state_dir", f"{model} is not started: {error.strerror or error}"
+                   f"{f' ({error.filename})' if error.filename else ''}; check STATE_DIR and the temporary folder",
+                   status=503)

@@ -8,6 +8,8 @@ daemon reads on where the log stands.
 from __future__ import annotations
 
 import contextlib
+import errno
+import getpass
 import logging
 import os
 import shutil
@@ -15,17 +17,20 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from errors import ManagerError
-from instances import processes
+from instances import processes, sockets
+from instances.log_file import open_log
 from instances.processes import Process
 
 log = logging.getLogger("vllm_server.launcher")
 
-KEEP_AFTER_TRIM = 4  # a log past its bound is cut down to a quarter of it
+RUN_DIR_PREFIX = "vllm-server-"
+PASSING = frozenset({errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ETXTBSY})
+"""Why a program cannot be run now, though it could a little later."""
 
 
 def wait_until(predicate: Callable[[], bool], timeout_s: float, step_s: float = 0.02) -> bool:
@@ -57,7 +62,15 @@ class EngineRecord:
 
 
 class LaunchError(ManagerError):
+    """The engine's command cannot be run."""
+
     status, code = 500, "engine_not_found"
+
+
+class LaunchRefused(ManagerError):
+    """The system is out of something: another try may succeed."""
+
+    code = "engine_not_started"
 
 
 class Engine:
@@ -72,6 +85,7 @@ class Engine:
         self._leader = Process(pid=record.pid, parent=0, session=record.pid,
                                started_ticks=record.started_ticks, zombie=False)
         self._core: list[Process] = []
+        self._shared_memory: set[str] = set()
 
     @property
     def pid(self) -> int:
@@ -90,10 +104,16 @@ class Engine:
     def pids(self) -> list[int]:
         return [member.pid for member in processes.session_members(self.pid)]
 
+    def listener(self, port: int) -> sockets.Listener:
+        """Whether it is this engine that listens there."""
+        return sockets.listener(port, self.pids())
+
     def watch_core(self) -> None:
         """Remember the processes behind the API server (EngineCore, workers), as they are once it is ready."""
-        self._core = [member for member in processes.session_members(self.pid)
-                      if member.pid != self.pid and f"{self.instance_id}::" in processes.command_line(member.pid)]
+        members = processes.session_members(self.pid)
+        self._core = [member for member in members
+                      if member.pid != self.pid and has_title(member.pid, self.instance_id)]
+        self._shared_memory = processes.shared_memory_files(member.pid for member in members)
 
     def dead_core(self) -> int | None:
         """The pid of an engine process that has died, if one has: the API server would notice only seconds later."""
@@ -108,11 +128,15 @@ class Engine:
 
         True when no process of it is left.
         """
-        gone = processes.kill_session(self.pid, wait=self._wait, accept=self._is_ours)
+        members = self._members()
+        # Once its processes are dead nobody can tell their files any more: what they had when it became ready counts.
+        files = self._shared_memory | processes.shared_memory_files(member.pid for member in members)
+        gone = not members or processes.kill_session(self.pid, wait=self._wait)
         if self._child is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._child.wait(5.0)
-        shutil.rmtree(self.record.run_dir, ignore_errors=True)
+        processes.remove_shared_memory(files)
+        remove_run_dir(self.record.run_dir)
         if not gone:
             log.error("%s: processes of session %d survive SIGKILL (a driver that hangs?)", self.instance_id, self.pid)
         return gone
@@ -123,108 +147,100 @@ class Engine:
             return predicate()
         return wait_until(reaped, timeout_s)
 
-    def _is_ours(self, members: list[Process]) -> bool:
-        """A session id that an unrelated session has got since must not be killed."""
+    def _members(self) -> list[Process]:
+        """Its live processes; none when another session has got its number since."""
+        members = processes.session_members(self.pid)
         if self._child is not None or self._leader.alive():
-            return True
+            return members
+        # A number is not given anew while a session has it: who has the leader's pid now has a session of his own.
         if any(member.pid == self.pid or member.started_ticks < self.record.started_ticks for member in members):
-            return False
-        return any(f"{self.instance_id}::" in processes.command_line(member.pid) for member in members) or all(
-            processes.is_resource_tracker(member.pid) for member in members)
+            return []
+        return members if any(is_named(member.pid, self.instance_id) for member in members) else []
 
 
 class Launcher:
     """Makes engines out of launch specs and out of records."""
 
     def launch(self, spec: LaunchSpec) -> Engine:
-        """Start the tree.  Raises LaunchError when the command cannot be run."""
-        run_dir = tempfile.mkdtemp(prefix="vllm-server-")  # short on purpose: socket paths end at 107 bytes
-        env = {**spec.env, **engine_environment(spec.instance_id, run_dir)}
-        spec.log_path.parent.mkdir(parents=True, exist_ok=True)
+        """Start the tree.  Raises LaunchError when the command cannot be run, LaunchRefused, OSError (a full disk)."""
+        run_dir = tempfile.mkdtemp(prefix=RUN_DIR_PREFIX)  # short on purpose: socket paths end at 107 bytes
         try:
+            spec.log_path.parent.mkdir(parents=True, exist_ok=True)
             with open_log(spec.log_path) as output:
-                child = subprocess.Popen(
-                    list(spec.argv), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env,
-                    start_new_session=True)
-        except OSError as error:
-            shutil.rmtree(run_dir, ignore_errors=True)
-            raise LaunchError(f"the engine's command {spec.argv[0]!r} cannot be run: {error.strerror or error}; "
-                              "set VLLM_COMMAND to the vllm program") from error
+                child = _run(spec, output, run_dir)
+        except BaseException:
+            remove_run_dir(run_dir)
+            raise
         leader = processes.read_process(child.pid)
         ticks = leader.started_ticks if leader is not None else 0
         record = EngineRecord(pid=child.pid, started_ticks=ticks, boot_id=processes.boot_id(), run_dir=run_dir)
         return Engine(instance_id=spec.instance_id, record=record, log_path=spec.log_path, child=child)
 
-    def adopt(self, instance_id: str, record: EngineRecord, log_path: Path) -> Engine | None:
-        """The engine of an earlier daemon, if its API server still runs.  Otherwise its remains are ended."""
-        if record.boot_id != processes.boot_id():
-            shutil.rmtree(record.run_dir, ignore_errors=True)
-            return None
+    def find(self, instance_id: str, record: EngineRecord, log_path: Path) -> Engine | None:
+        """The engine of an earlier daemon, if its API server still runs."""
         engine = Engine(instance_id=instance_id, record=record, log_path=log_path, child=None)
-        if engine.running():
-            return engine
-        engine.destroy()
-        return None
+        return engine if record.boot_id == processes.boot_id() and engine.running() else None
 
-    def end_unrecorded(self, instance_id: str) -> None:
-        """End an engine whose daemon died between starting it and writing its pid down: its environment names it."""
-        entry = f"VLLM_PROCESS_NAME_PREFIX={instance_id}"
-        for process in processes.all_processes():
-            if process.pid == process.session and processes.has_environment(process.pid, entry):
-                log.warning("%s: ending an engine without a pid on record (%d)", instance_id, process.pid)
-                processes.kill_session(process.pid, wait=wait_until)
+    def end_remains(self, instance_id: str, record: EngineRecord | None) -> None:
+        """End whatever still runs for an instance without a server, and remove its run folder.  Blocks as `destroy`.
+
+        Also one whose daemon died between starting it and writing its pid down: its processes bear the instance's id.
+        """
+        if record is not None and record.boot_id == processes.boot_id():
+            Engine(instance_id=instance_id, record=record, log_path=Path(os.devnull), child=None).destroy()
+        elif record is not None:
+            remove_run_dir(record.run_dir)
+        named = [process for process in processes.all_processes() if is_named(process.pid, instance_id)]
+        for session in {process.session for process in named} - {os.getsid(0)}:
+            log.warning("%s: ending session %d, which no record knows", instance_id, session)
+            members = processes.session_members(session)
+            files = processes.shared_memory_files(member.pid for member in members)
+            run_dirs = {processes.environment(member.pid).get("VLLM_RPC_BASE_PATH") for member in members}
+            processes.kill_session(session, wait=wait_until)
+            processes.remove_shared_memory(files)
+            for run_dir in filter(None, run_dirs):
+                remove_run_dir(run_dir)
+
+
+def _run(spec: LaunchSpec, output: int, run_dir: str) -> subprocess.Popen[bytes]:
+    env = {**compile_cache(), **spec.env, **engine_environment(spec.instance_id, run_dir)}
+    try:
+        return subprocess.Popen(list(spec.argv), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                                env=env, start_new_session=True)
+    except OSError as error:
+        what = f"the engine's command {spec.argv[0]!r} cannot be run: {error.strerror or error}"
+        if error.errno in PASSING:
+            raise LaunchRefused(what) from error
+        raise LaunchError(f"{what}; set VLLM_COMMAND to the vllm program") from error
 
 
 def engine_environment(instance_id: str, run_dir: str) -> dict[str, str]:
-    """What the daemon adds for vLLM: titles that name the instance, and a private folder for its ipc sockets."""
-    return {"VLLM_PROCESS_NAME_PREFIX": instance_id, "VLLM_RPC_BASE_PATH": run_dir}
+    """What the daemon adds for vLLM: titles that name the instance, and a private folder for its ipc sockets and for
+    the temporary files that it never removes."""
+    return {"VLLM_PROCESS_NAME_PREFIX": instance_id, "VLLM_RPC_BASE_PATH": run_dir, "TMPDIR": run_dir}
 
 
-@contextlib.contextmanager
-def open_log(path: Path) -> Iterator[int]:
-    """The file that an engine writes to, empty; that of the start before is kept beside it as `.1`.
-
-    Opened for appending, so that a trim by the daemon moves the writer's position too.
-    """
-    if path.exists():
-        path.replace(previous_log(path))
-    output = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
+def compile_cache() -> dict[str, str]:
+    """What torch compiled is kept where torch keeps it itself, not in the temporary folder of one run."""
     try:
-        yield output
-    finally:
-        os.close(output)
+        user = getpass.getuser()
+    except (KeyError, OSError):     # a container without a name for this user
+        user = str(os.getuid())
+    return {"TORCHINDUCTOR_CACHE_DIR": str(Path(tempfile.gettempdir()) / f"torchinductor_{user}")}
 
 
-def previous_log(path: Path) -> Path:
-    return path.with_name(path.name + ".1")
+def is_named(pid: int, instance_id: str) -> bool:
+    """Whether a process bears the instance's id, in its title (which vLLM sets late) or in its first environment."""
+    return (has_title(pid, instance_id)
+            or processes.has_environment(pid, f"VLLM_PROCESS_NAME_PREFIX={instance_id}"))
 
 
-def prune_logs(folder: Path, keep: int, in_use: Collection[Path]) -> None:
-    """Delete the oldest logs of instances that are gone, so that the folder stays bounded."""
-    spare = {path for log_path in in_use for path in (log_path, previous_log(log_path))}
-    with contextlib.suppress(OSError):
-        old = sorted((path for path in folder.iterdir() if path not in spare), key=lambda path: path.stat().st_mtime)
-        for path in old[:-keep] if keep else old:
-            path.unlink(missing_ok=True)
+def has_title(pid: int, instance_id: str) -> bool:
+    """Whether it is called `<id>::EngineCore` or the like."""
+    return processes.command_line(pid).startswith(f"{instance_id}::")
 
 
-def trim_log(path: Path, limit_bytes: int) -> bool:
-    """Cut a log that grew past its bound down to its newest quarter.  True when it was cut.
-
-    Copy and truncate, as the writer is another process that goes on; a line written in between may be lost.
-    """
-    try:
-        size = path.stat().st_size
-        if size <= limit_bytes:
-            return False
-        with open(path, "r+b") as file:
-            file.seek(size - limit_bytes // KEEP_AFTER_TRIM)
-            tail = file.read()
-            tail = tail[tail.find(b"\n") + 1:]
-            file.truncate(0)
-        with open(path, "ab") as file:
-            file.write(tail)
-    except OSError as error:
-        log.warning("the log %s cannot be trimmed: %s", path, error)
-        return False
-    return True
+def remove_run_dir(path: str) -> None:
+    """Only what `launch` made: a record that someone edited must not remove another folder."""
+    if Path(path).name.startswith(RUN_DIR_PREFIX):
+        shutil.rmtree(path, ignore_errors=True)

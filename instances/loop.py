@@ -9,12 +9,14 @@ from collections.abc import Callable
 
 log = logging.getLogger("vllm_server.loop")
 
+AFTER_ERROR_S = 1.0     # at least; a log that fills with one traceback helps nobody
+
 
 class Loop:
     """Calls `tick(now)` every `interval_s` seconds, or sooner after `wake()`, until it returns False or `stop()`.
 
     A tick may return the seconds until the next one.
-    A tick that raises is logged and tried again: one bug must not end the watch over an engine.
+    A tick that raises is logged and tried again after a pause: one bug must not end the watch over an engine.
     """
 
     def __init__(self, *, name: str, tick: Callable[[float], float | bool | None], interval_s: float,
@@ -27,6 +29,7 @@ class Loop:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
+        """Raises RuntimeError when the system has no thread left."""
         self._thread.start()
 
     def wake(self) -> None:
@@ -51,6 +54,7 @@ class Loop:
                 wait_s = self._tick(self._clock())
             except Exception:
                 log.exception("a tick of %s failed; it goes on", self._thread.name)
+                wait_s = max(self._interval_s, AFTER_ERROR_S)
             if wait_s is False:
                 return
             self._woken.wait(self._interval_s if wait_s is None or wait_s is True else wait_s)

@@ -43,9 +43,11 @@ def plan(model: str, flags: Mapping[str, Any], devices: Sequence[Device]) -> Pla
         count = devices_needed(flags)
         utilization = float(flags.get("gpu_memory_utilization", DEFAULT_UTILIZATION))
     except (TypeError, ValueError):
+        count, utilization = 0, 0.0
+    if count < 1 or not 0 < utilization <= 1:
         # The engine names a wrong value better than a guess here would; it gets all devices and says so.
         return Plan(tuple(device.index for device in cuda), ",".join(device.uuid for device in cuda), None,
-                    "its parallel size or utilization is not a number")
+                    "its parallel size or utilization makes no sense")
     if count > len(cuda):
         raise NoRoom(f"{model} needs {count} GPUs (its parallel sizes); this machine has {len(cuda)}",
                      code="not_enough_gpus")

@@ -6,6 +6,7 @@ import http.client
 import json
 import re
 import select
+import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class Probe:
 
     def poll(self) -> Answer | None:
         """The answer, or None as long as its first byte is not there."""
-        if self._answer is None and select.select([self._connection.sock], [], [], 0)[0]:
+        if self._answer is None and _readable(self._connection.sock):
             try:
                 self._connection.sock.settimeout(READ_TIMEOUT_S)
                 response = self._connection.getresponse()
@@ -52,6 +53,13 @@ class Probe:
 
     def close(self) -> None:
         self._connection.close()
+
+
+def _readable(sock: socket.socket) -> bool:
+    """Now, or broken.  Not by select(), which knows no descriptor above 1023."""
+    poller = select.poll()
+    poller.register(sock, select.POLLIN)
+    return bool(poller.poll(0))
 
 
 def wait(probe: Probe, timeout_s: float = READ_TIMEOUT_S) -> Answer | None:

@@ -7,14 +7,19 @@ Linux only, as vLLM is.  A process is identified by its pid and its start time i
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 import signal
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 PROC = Path("/proc")
-SHARED_MEMORY = "/dev/shm/"
+SHARED_MEMORY = re.compile(r"/dev/shm/(?:psm_|sem\.|mp-|torch_|nccl-|vllm|__KMP_REGISTERED_LIB_)[^/]*")
+"""Files that engines make there: of multiprocessing, torch, NCCL, vLLM and OpenMP.  Others are not theirs to lose:
+people keep whole models in /dev/shm, which an engine maps too.
+"""
 
 
 @dataclass(frozen=True)
@@ -34,13 +39,13 @@ class Process:
 def read_process(pid: int) -> Process | None:
     """None when there is no such process."""
     try:
-        text = (PROC / str(pid) / "stat").read_text()
-    except (OSError, UnicodeDecodeError):
+        line = (PROC / str(pid) / "stat").read_bytes()
+    except OSError:
         return None
-    # The second field is the name in parentheses and may itself hold spaces and parentheses.
-    fields = text[text.rindex(")") + 2:].split()
+    # The second field is the name in parentheses and may hold any bytes, spaces and parentheses too.
+    fields = line[line.rindex(b")") + 2:].split()
     return Process(pid=pid, parent=int(fields[1]), session=int(fields[3]), started_ticks=int(fields[19]),
-                   zombie=fields[0] in "ZX")
+                   zombie=fields[0] in (b"Z", b"X"))
 
 
 def boot_id() -> str:
@@ -66,12 +71,20 @@ def command_line(pid: int) -> str:
         return ""
 
 
+def environment(pid: int) -> dict[str, str]:
+    """What the process was started with; empty when it is gone, another user's, or wiped (setproctitle does it)."""
+    try:
+        data = (PROC / str(pid) / "environ").read_bytes()
+    except OSError:
+        return {}
+    entries = (entry.partition("=") for entry in data.decode("utf-8", "surrogateescape").split("\0"))
+    return {name: value for name, found, value in entries if found}
+
+
 def has_environment(pid: int, entry: str) -> bool:
     """Whether NAME=VALUE stands in the environment that the process was started with."""
-    try:
-        return entry.encode() in (PROC / str(pid) / "environ").read_bytes().split(b"\0")
-    except OSError:
-        return False
+    name, _, value = entry.partition("=")
+    return environment(pid).get(name) == value
 
 
 def is_resource_tracker(pid: int) -> bool:
@@ -80,32 +93,36 @@ def is_resource_tracker(pid: int) -> bool:
 
 
 def shared_memory_files(pids: Iterable[int]) -> set[str]:
-    """The files under /dev/shm that these processes have open or mapped."""
+    """The SHARED_MEMORY files that these processes have open or mapped."""
     found: set[str] = set()
     for pid in pids:
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            for line in (PROC / str(pid) / "maps").read_text().splitlines():
-                if SHARED_MEMORY in line and not line.endswith("(deleted)"):
-                    found.add(line[line.index(SHARED_MEMORY):])
+        with contextlib.suppress(OSError):
+            text = (PROC / str(pid) / "maps").read_bytes().decode("utf-8", "surrogateescape")
+            found.update(line[line.index("/"):] for line in text.splitlines() if " /dev/shm/" in line)
         with contextlib.suppress(OSError):
             for entry in os.scandir(PROC / str(pid) / "fd"):
                 with contextlib.suppress(OSError):
-                    target = str(Path(entry.path).readlink())
-                    if target.startswith(SHARED_MEMORY) and not target.endswith("(deleted)"):
-                        found.add(target)
-    return found
+                    found.add(str(Path(entry.path).readlink()))
+    return {name for name in found if SHARED_MEMORY.fullmatch(name) and not name.endswith(" (deleted)")}
 
 
-def shared_memory_in_use() -> set[str]:
-    return shared_memory_files(process.pid for process in all_processes())
+def remove_shared_memory(files: Iterable[str]) -> None:
+    """Those of these files that are there still and nobody uses."""
+    left = {name for name in files if Path(name).exists()}
+    if left:
+        for name in left - shared_memory_files(process.pid for process in all_processes()):
+            with contextlib.suppress(OSError):
+                Path(name).unlink(missing_ok=True)
 
 
 def send_signal(process: Process, number: signal.Signals) -> bool:
     """Signal this very process and no other that has its pid now.  False when it is gone."""
     try:
         handle = os.pidfd_open(process.pid)
-    except OSError:
-        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EPERM):
+            return False
+        return _send_by_pid(process, number)    # Linux before 5.3, or a sandbox
     try:
         # The handle is taken, so the pid cannot be reused any more: what is read now is what is signalled.
         if not process.alive():
@@ -118,21 +135,21 @@ def send_signal(process: Process, number: signal.Signals) -> bool:
     return True
 
 
-def kill_session(session: int, *, wait: Callable[[Callable[[], bool], float], bool],
-                 accept: Callable[[list[Process]], bool] = lambda members: True) -> bool:
-    """SIGKILL every process of a session; True when none is left.
+def _send_by_pid(process: Process, number: signal.Signals) -> bool:
+    try:
+        if process.alive():
+            os.kill(process.pid, number)
+            return True
+    except OSError:
+        pass
+    return False
 
-    Python's resource tracker is spared at first: it removes the /dev/shm files of the killed and then ends by
-    itself.  `wait(predicate, seconds)` polls; `accept` may look at the members first and refuse.  What shared
-    memory remains, and nobody else uses, is removed here.
+
+def kill_session(session: int, *, wait: Callable[[Callable[[], bool], float], bool]) -> bool:
+    """SIGKILL every process of a session; True when none is left.  `wait(predicate, seconds)` polls.
+
+    Python's resource tracker is spared at first: it removes the /dev/shm files of the killed and then ends by itself.
     """
-    members = session_members(session)
-    if not members:
-        return True
-    if not accept(members):
-        return False
-    files = shared_memory_files(member.pid for member in members)
-
     def others_gone() -> bool:
         # Looked up anew each time: one that forked just before it was killed leaves a child.
         left = [member for member in session_members(session) if not is_resource_tracker(member.pid)]
@@ -140,12 +157,11 @@ def kill_session(session: int, *, wait: Callable[[Callable[[], bool], float], bo
             send_signal(member, signal.SIGKILL)
         return not left
 
+    def all_gone() -> bool:
+        return not session_members(session)
+
     wait(others_gone, 10.0)
-    if not wait(lambda: not session_members(session), 2.0):
+    if not wait(all_gone, 2.0):
         for member in session_members(session):
             send_signal(member, signal.SIGKILL)
-    gone = wait(lambda: not session_members(session), 5.0)
-    leftovers = {name for name in files if Path(name).exists()}
-    for name in leftovers - (shared_memory_in_use() if leftovers else set()):
-        Path(name).unlink(missing_ok=True)
-    return gone
+    return wait(all_gone, 5.0)

@@ -2,15 +2,17 @@
 
     STATE_DIR/lock                  flock of the running daemon
     STATE_DIR/instances/<id>.json   what is needed to find, adopt, restart or end it
-    STATE_DIR/logs/<id>.log         the engine's output (launcher.py)
+    STATE_DIR/logs/<id>.log         the engine's output (log_file.py)
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +23,8 @@ from instances.instance import InstanceSpec, State
 from instances.launcher import EngineRecord
 
 log = logging.getLogger("vllm_server.store")
+
+_ID = re.compile(r"[0-9a-f]{8,32}")
 
 
 @dataclass(frozen=True)
@@ -34,12 +38,19 @@ class Record:
     port: int | None
     devices: tuple[int, ...]
     restarts: int
-    log_path: str
     engine: EngineRecord | None
 
 
+@dataclass(frozen=True)
+class Found:
+    """What an earlier daemon left: its records, oldest first, and the ids of those that cannot be read."""
+
+    records: tuple[Record, ...]
+    unreadable: tuple[str, ...]
+
+
 class StateDir:
-    """Blocks on the disk; never call it under the manager's lock.  Folders and files are the owner's alone."""
+    """Blocks on the disk; never call it under the registry's lock.  Folders and files are the owner's alone."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -48,6 +59,9 @@ class StateDir:
         self._lock: int | None = None
         for folder in (path, self.logs, self._instances):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def log_path(self, instance_id: str) -> Path:
+        return self.logs / f"{instance_id}.log"
 
     def lock(self) -> None:
         """Take the folder for this daemon, as long as the process or a fork of it lives.
@@ -73,43 +87,75 @@ class StateDir:
 
     def save(self, record: Record) -> None:
         """Write, fsync, rename: a reader finds the old file or the new one.  Raises OSError (a full disk, say)."""
-        data = asdict(record)
-        data["spec"]["flags"], data["spec"]["params"] = dict(record.spec.flags), dict(record.spec.params)
         path = self._file(record.id)
         temporary = path.with_suffix(".tmp")
         try:
             with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-                json.dump(data, file, indent=1)
+                json.dump(asdict(record), file, indent=1)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
         except OSError:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
             raise
 
     def remove(self, instance_id: str) -> None:
+        """Raises OSError."""
         self._file(instance_id).unlink(missing_ok=True)
 
-    def load(self) -> list[Record]:
-        """Every record, oldest first.  One that cannot be read is set aside as `.unreadable` and reported."""
-        found = []
-        for path in self._instances.glob("*.json"):
+    def load(self) -> Found:
+        """Every record.  One that cannot be read is set aside as `.unreadable` and reported."""
+        records, unreadable = [], []
+        for path in sorted(self._instances.glob("*.json")):
             try:
-                found.append(_record(json.loads(path.read_text())))
-            except (ValueError, KeyError, TypeError, OSError) as error:
-                log.error("the record %s cannot be read (%s); it is set aside", path, error)
-                path.replace(path.with_suffix(".unreadable"))
-        return sorted(found, key=lambda record: record.created_at)
+                record = _record(json.loads(path.read_bytes()))
+                if record.id != path.stem:
+                    raise ValueError(f"it is a record of {record.id}")
+                records.append(record)
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+                log.error("the record %s cannot be read (%r); it is set aside, and its engine ended", path, error)
+                unreadable.append(path.stem)
+                with contextlib.suppress(OSError):
+                    path.replace(path.with_suffix(".unreadable"))
+        for path in self._instances.glob("*.tmp"):      # of a daemon that died while it wrote
+            with contextlib.suppress(OSError):
+                path.unlink()
+        return Found(tuple(sorted(records, key=lambda record: record.created_at)),
+                     tuple(name for name in unreadable if _ID.fullmatch(name)))
 
     def _file(self, instance_id: str) -> Path:
         return self._instances / f"{instance_id}.json"
 
 
 def _record(data: Mapping[str, Any]) -> Record:
+    """Raises ValueError, KeyError, TypeError or AttributeError for anything but a whole record."""
     spec, engine = data["spec"], data["engine"]
     return Record(
-        id=str(data["id"]), state=State(data["state"]), created_at=float(data["created_at"]), port=data["port"],
-        devices=tuple(data["devices"]), restarts=int(data["restarts"]), log_path=str(data["log_path"]),
-        spec=InstanceSpec(model=spec["model"], names=tuple(spec["names"]), flags=spec["flags"], params=spec["params"],
+        id=_text(data["id"], _ID), state=State(data["state"]), created_at=float(data["created_at"]),
+        port=None if data["port"] is None else _whole(data["port"]), devices=tuple(map(_whole, data["devices"])),
+        restarts=_whole(data["restarts"]),
+        spec=InstanceSpec(model=_text(spec["model"]), names=tuple(map(_text, spec["names"])),
+                          flags=dict(spec["flags"].items()), params=dict(spec["params"].items()),
                           timeout_s=float(spec["timeout_s"]), start_timeout_s=float(spec["start_timeout_s"])),
-        engine=EngineRecord(**engine) if engine is not None else None)
+        engine=None if engine is None else EngineRecord(
+            pid=_pid(engine["pid"]), started_ticks=_whole(engine["started_ticks"]),
+            boot_id=_text(engine["boot_id"]), run_dir=_text(engine["run_dir"])))
+
+
+def _whole(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{value!r} is not a whole number")
+    return value
+
+
+def _pid(value: Any) -> int:
+    if _whole(value) <= 1:
+        raise ValueError(f"{value} is no engine's pid")
+    return _whole(value)
+
+
+def _text(value: Any, pattern: re.Pattern[str] | None = None) -> str:
+    if not isinstance(value, str) or (pattern is not None and not pattern.fullmatch(value)):
+        raise TypeError(f"{value!r} is not what stands there")
+    return value

@@ -1,0 +1,304 @@
+"""All instances in memory, and the only lock: whatever others must agree on is decided here, in one place at a time.
+
+Nothing in this file does I/O, waits for a process or calls into another part while it holds the lock (state changes
+are logged): a method returns what there is to do, and its caller does it outside.  Keepers may read single fields of
+their own instance without the lock; they write only through here.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from errors import DaemonError, NotFound, ShuttingDown
+from instances.instance import ACTIVE, Candidate, Instance, InstanceSpec, InstanceView, Lease, Problem, State
+from instances.placement import Plan
+
+FAILED_KEPT = 100     # failed instances that are listed with their cause until deleted; the oldest go first
+ENDED_KEPT = 100      # ended ones of which the reason is remembered
+LOOK_S = 0.5          # how often one who waits is asked whether anybody still wants the answer
+
+
+class Registry:
+    """Thread-safe.  The methods stand by who asks: readers, requests, keepers; the rest is for the manager."""
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time) -> None:
+        self.clock = clock
+        self._wall = wall
+        self._changed = threading.Condition(threading.Lock())
+        self._instances: dict[str, Instance] = {}
+        self._by_name: dict[str, tuple[Instance, ...]] = {}
+        self._ended: deque[tuple[str, str]] = deque(maxlen=ENDED_KEPT)
+        self._closing = False       # nothing starts any more and no request waits for a start
+        self._detaching = False     # and the instances are left to the next daemon
+
+    # --- readers --------------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> list[InstanceView]:
+        """Every instance, oldest first."""
+        with self._changed:
+            now, wall = self.clock(), self._wall()
+            return [one.view(now, wall) for one in self._instances.values()]
+
+    def get(self, instance_id: str) -> InstanceView:
+        """Raises NotFound, with the reason when it ended not long ago."""
+        with self._changed:
+            return self._view(self._find(instance_id))
+
+    def wait(self, instance_id: str, done: Callable[[InstanceView], bool], timeout_s: float | None = None,
+             gone: Callable[[], bool] = lambda: False) -> InstanceView | None:
+        """Block until `done(view)`; None when the instance has gone, the time is over, or `gone()` (asked twice a
+        second) says that nobody waits any more.  Raises ShuttingDown when the daemon leaves it to the next one."""
+        deadline = None if timeout_s is None else self.clock() + timeout_s
+        with self._changed:
+            while (instance := self._instances.get(instance_id)) is not None:
+                view = self._view(instance)
+                if done(view):
+                    return view
+                if self._detaching:
+                    raise ShuttingDown(f"the daemon ends; instance {instance_id} goes on without it")
+                if (deadline is not None and self.clock() >= deadline) or gone():
+                    return None
+                self._changed.wait(LOOK_S)
+        return None
+
+    def problem_of(self, instance_id: str) -> tuple[State, Problem | None, str] | None:
+        """State, last problem and reason of an instance; None when it has gone."""
+        with self._changed:
+            one = self._instances.get(instance_id)
+            return None if one is None else (one.state, one.last_error, one.why)
+
+    def model_names(self) -> list[str]:
+        """The names that requests may use now, sorted."""
+        with self._changed:
+            return sorted(name for name, served in self._by_name.items()
+                          if any(one.state in ACTIVE for one in served))
+
+    def in_flight(self) -> int:
+        with self._changed:
+            return sum(len(one.leases) for one in self._instances.values())
+
+    def log_paths(self) -> list[Path]:
+        with self._changed:
+            return [Path(one.log_path) for one in self._instances.values()]
+
+    # --- requests -------------------------------------------------------------------------------------------------
+
+    def candidates(self, name: str) -> list[Candidate]:
+        """The instances that answer to a model name, an alias or an adapter, in any state but gone."""
+        with self._changed:
+            return [Candidate(one.id, one.state, len(one.leases)) for one in self._by_name.get(name, ())]
+
+    def lease(self, instance_id: str) -> Lease:
+        """The right to send it one request.  Raises NotReady; NotFound when it has gone; ShuttingDown."""
+        with self._changed:
+            if self._detaching:
+                raise ShuttingDown("the daemon ends and takes no more requests")
+            return self._find(instance_id).take_lease(self._release)
+
+    def wait_for_change(self, timeout_s: float, wanted: Collection[str] = ()) -> None:
+        """Block until any instance changes its state, at most `timeout_s` seconds.
+
+        The `wanted` ones have a request waiting for them: they do not idle meanwhile, and it does not wait when one
+        of them is ready already.  Raises ShuttingDown: what is not ready now will not be.
+        """
+        with self._changed:
+            if self._closing:
+                raise ShuttingDown("the daemon is shutting down")
+            found = [one for one in map(self._instances.get, wanted) if one is not None]
+            if any(one.state is State.READY for one in found):
+                return
+            with self._waiting_for(found):
+                self._changed.wait(timeout_s)
+            if self._closing:
+                raise ShuttingDown("the daemon is shutting down")
+
+    def start_deadline_s(self, instance_id: str) -> float:
+        """How long its start may take.  Raises NotFound."""
+        with self._changed:
+            return self._find(instance_id).spec.start_timeout_s
+
+    def rename(self, instance_id: str, names: tuple[str, ...]) -> None:
+        """The names its engine answers to have changed (an adapter was loaded)."""
+        with self._changed:
+            instance = self._find(instance_id)
+            instance.names = _names(instance.spec, names)
+            self._index()
+
+    # --- keepers --------------------------------------------------------------------------------------------------
+
+    def view(self, instance: Instance) -> InstanceView:
+        """Also of one that has been dropped."""
+        with self._changed:
+            return self._view(instance)
+
+    def waits_for_old(self, instance: Instance) -> bool:
+        """Whether one that it replaces is not gone yet."""
+        with self._changed:
+            return any(other in self._instances for other in instance.after)
+
+    def note_phase(self, instance: Instance, phase: str, progress: float | None = None) -> None:
+        with self._changed:
+            instance.phase, instance.progress = phase, progress
+
+    def note_place(self, instance: Instance, plan: Plan, port: int) -> None:
+        with self._changed:
+            instance.devices, instance.memory_planned_bytes = plan.devices, plan.bytes_per_device
+            instance.port = port
+
+    def note_process(self, instance: Instance, pid: int) -> None:
+        with self._changed:
+            instance.pid, instance.phase, instance.progress = pid, "starting", 0.0
+
+    def note_memory(self, instance: Instance, measured_bytes: int | None) -> None:
+        with self._changed:
+            if instance.state in ACTIVE:
+                instance.memory_measured_bytes = measured_bytes
+
+    def became_ready(self, instance: Instance, names: tuple[str, ...], facts: Mapping[str, Any]) -> bool:
+        """False when it was stopped meanwhile."""
+        with self._changed:
+            if instance.state is not State.STARTING:
+                return False
+            now = self.clock()
+            instance.names = _names(instance.spec, names)
+            instance.last_used, instance.phase, instance.progress = now, "ready", 1.0
+            instance.engine = facts
+            self._index()
+            instance.change_state(State.READY, now, "health answered")
+            return True
+
+    def record_problem(self, instance: Instance, problem: Problem) -> None:
+        """Backoff or failed, as the problem and the count of failures say; nothing when it is being stopped."""
+        with self._changed:
+            instance.last_error = problem
+            if instance.state not in ACTIVE:
+                return
+            now = self.clock()
+            delay_s = instance.record_failure(now)
+            if problem.permanent or delay_s is None:
+                why = problem.message if problem.permanent else f"failed too often; at last: {problem.message}"
+                instance.change_state(State.FAILED, now, why)
+            else:
+                instance.retry_at = now + delay_s
+                instance.change_state(State.BACKOFF, now, f"next start in {delay_s:g} s: {problem.message}")
+
+    def restart_if_due(self, instance: Instance) -> bool:
+        with self._changed:
+            now = self.clock()
+            due = instance.state is State.BACKOFF and instance.retry_at is not None and now >= instance.retry_at
+            if due:
+                instance.restarts += 1
+                instance.retry_at = None
+                instance.change_state(State.STARTING, now, "restart")
+            return due
+
+    def note_ended(self, instance: Instance) -> None:
+        """Its processes are gone."""
+        with self._changed:
+            instance.pid, instance.devices, instance.memory_measured_bytes = None, (), None
+            instance.phase, instance.progress = "", None
+
+    def drop(self, instance: Instance) -> None:
+        """It is stopped and nothing of it is left: take it off the list."""
+        with self._changed:
+            self._drop(instance, instance.why)
+
+    def cut_leases(self, instance: Instance, error: DaemonError) -> None:
+        """Close the connections of all requests in flight; each of their clients gets `error` or a visible cut."""
+        with self._changed:
+            leases = list(instance.leases)
+        for lease in leases:
+            lease.cut(error)
+
+    # --- inside; the caller holds the lock ------------------------------------------------------------------------
+
+    def _find(self, instance_id: str) -> Instance:
+        instance = self._instances.get(instance_id)
+        if instance is None:
+            why = next((why for ended, why in reversed(self._ended) if ended == instance_id), None)
+            raise NotFound(f"instance {instance_id} was stopped: {why}" if why else
+                           f"there is no instance {instance_id[:64]!r}; GET /instances lists them",
+                           code="instance_not_found", param="instance_id")
+        return instance
+
+    def _view(self, instance: Instance) -> InstanceView:
+        return instance.view(self.clock(), self._wall())
+
+    def _new_id(self) -> str:
+        """One that no instance has or had not long ago."""
+        used = self._instances.keys() | {ended for ended, _ in self._ended}
+        while (instance_id := secrets.token_hex(4)) in used:
+            pass
+        return instance_id
+
+    def _register(self, instance: Instance) -> None:
+        instance.on_change = self._on_change
+        self._instances[instance.id] = instance
+        self._index()
+        self._changed.notify_all()
+
+    def _on_change(self, instance: Instance, old: State) -> None:
+        self._changed.notify_all()
+
+    def _drop(self, instance: Instance, why: str) -> None:
+        if instance.state is not State.STOPPED:
+            instance.change_state(State.STOPPED, self.clock(), why)
+        if self._instances.pop(instance.id, None) is not None:
+            self._ended.append((instance.id, why))
+            self._index()
+        self._changed.notify_all()
+
+    def _forget_failed(self, model: str) -> None:
+        """A new start takes the place of earlier failures; the oldest others go when there are many."""
+        failed = [one for one in self._instances.values() if one.state is State.FAILED]
+        others = [one for one in failed if one.spec.model != model]
+        for one in [*(one for one in failed if one.spec.model == model), *others[:max(0, len(others) - FAILED_KEPT)]]:
+            self._drop(one, f"it had failed: {one.why}")
+
+    def _index(self) -> None:
+        index: dict[str, tuple[Instance, ...]] = {}
+        for one in self._instances.values():
+            for name in one.names:
+                index[name] = (*index.get(name, ()), one)
+        self._by_name = index
+
+    @contextmanager
+    def _waiting_for(self, instances: list[Instance]) -> Iterator[None]:
+        for one in instances:
+            one.waiting += 1
+        try:
+            yield
+        finally:
+            for one in instances:
+                one.waiting -= 1
+                one.last_used = self.clock()
+
+    # --- inside; takes the lock -----------------------------------------------------------------------------------
+
+    def _release(self, lease: Lease, ok: bool) -> None:
+        """A lease came back, however its request ended; a second time counts for nothing."""
+        with self._changed:
+            instance = self._instances.get(lease.instance_id)
+            if instance is None or lease not in instance.leases:
+                return
+            instance.leases.discard(lease)
+            instance.last_used = self.clock()
+            if ok:
+                instance.last_success = instance.last_used
+            drained = instance.state is State.STOPPING and not instance.leases
+        if drained:
+            self._wake(lease.instance_id)
+
+    def _wake(self, instance_id: str) -> None:
+        """Its keeper has something to do now."""
+
+
+def _names(spec: InstanceSpec, served: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((*spec.names, *served)))

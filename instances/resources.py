@@ -1,0 +1,106 @@
+"""What an instance needs of the machine: devices, a port, processes, a record on disk.
+
+Everything here blocks or does I/O; none of it is called while the registry's lock is held.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import gpu
+from config import Settings, child_environment, to_argv
+from errors import NoFreePort
+from instances import placement
+from instances.instance import InstanceSpec, InstanceView
+from instances.launcher import EngineRecord, Launcher
+from instances.ports import Ports
+from instances.store import Record, StateDir
+from instances.turns import Turns
+
+log = logging.getLogger("vllm_server.instances")
+
+LOGS_KEPT = 50
+
+
+class Resources:
+    """One for all keepers; thread-safe.  `settings` may be replaced while they work."""
+
+    def __init__(self, settings: Settings, state_dir: StateDir, *, launcher: Launcher, devices: gpu.GpuReader,
+                 environ: Mapping[str, str]) -> None:
+        self.state_dir = state_dir
+        self.launcher = launcher
+        self.devices = devices
+        self.ports = Ports(settings.base_port)
+        self.turns = Turns()
+        self._environ = environ
+        self.use(settings)
+
+    def use(self, settings: Settings) -> None:
+        """From the next start on."""
+        self.settings = settings
+        self.environment: Mapping[str, str] = child_environment(settings, self._environ)
+
+    # --- a start --------------------------------------------------------------------------------------------------
+
+    def take_turn(self, instance_id: str, devices: Collection[int], now: float) -> bool:
+        """False: another instance starts or stops on one of these GPUs (none named: on any).
+
+        It is held until `give_back` or `end_turn`.  A machine without GPUs has nothing to take turns for.
+        """
+        gpus = [device.index for device in self.devices.read(now).devices if device.kind == "cuda"]
+        return self.turns.take(instance_id, [index for index in gpus if not devices or index in devices])
+
+    def end_turn(self, instance_id: str) -> None:
+        self.turns.give_back(instance_id)
+
+    def place(self, instance_id: str, spec: InstanceSpec, now: float) -> placement.Plan:
+        """Choose devices and let go of the turns on the others.  Raises NoRoom."""
+        plan = placement.plan(spec.model, spec.flags, self.devices.read(now).devices)
+        self.turns.keep_only(instance_id, plan.devices)
+        log.info("%s (%s): devices %s (%s)", instance_id, spec.model, list(plan.devices), plan.because)
+        return plan
+
+    def reserve_port(self, instance_id: str, preferred: int | None, avoid: Collection[int]) -> int:
+        """Its port if that is still free, else the lowest that is.  Raises NoFreePort."""
+        port = self.ports.reserve(instance_id, preferred, avoid)
+        if port is None:
+            raise NoFreePort(f"no free port from {self.settings.base_port} upward (VLLM_BASE_PORT)")
+        return port
+
+    def command_line(self, spec: InstanceSpec, port: int) -> list[str]:
+        return [*self.settings.command, "serve", spec.model, "--host", "127.0.0.1", "--port", str(port),
+                "--served-model-name", *spec.names, *to_argv(spec.flags)]
+
+    def engine_environment(self, visible_devices: str | None) -> dict[str, str]:
+        return {**self.environment, **({"CUDA_VISIBLE_DEVICES": visible_devices} if visible_devices else {})}
+
+    def give_back(self, instance_id: str) -> None:
+        """Its processes are gone: port and devices are free."""
+        self.ports.release(instance_id)
+        self.turns.give_back(instance_id)
+
+    # --- while it runs --------------------------------------------------------------------------------------------
+
+    def memory_bytes(self, instance_id: str, pids: Collection[int], now: float) -> int | None:
+        """What these processes hold now, on GPUs or in the host's memory; None where the driver does not tell."""
+        reading = self.devices.read(now)
+        if any(device.kind == "cuda" for device in reading.devices):
+            found = gpu.memory_by_group(reading, {instance_id: pids}).get(instance_id)
+            return None if found is None else sum(found.values())
+        return gpu.host_memory(pids)
+
+    def record(self, view: InstanceView, engine: EngineRecord | None) -> Record:
+        return Record(id=view.id, spec=view.spec, state=view.state, created_at=view.created_at, port=view.port,
+                      devices=view.devices, restarts=view.restarts, engine=engine)
+
+    def forget(self, instance_id: str) -> None:
+        """Remove its record: nothing of it is left to find again."""
+        try:
+            self.state_dir.remove(instance_id)
+        except OSError as error:
+            log.error("%s: its record cannot be removed, the next daemon would start it again: %s", instance_id, error)
+
+    def log_path(self, instance_id: str) -> Path:
+        return self.state_dir.log_path(instance_id)
