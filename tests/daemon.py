@@ -311,7 +311,8 @@ def _entry(patch: Mapping[str, object]) -> Sequence[str]:
         return [str(CHECKOUT / "app.py")]
     modules = sorted({name.rpartition(".")[0] for name in patch})
     lines = [f"import sys; sys.path.insert(0, {str(CHECKOUT)!r})", f"import app, {', '.join(modules)}",
-             *(f"{name} = {value!r}" for name, value in patch.items()), "app.main()"]
+             *(f"{name}; {name} = {value!r}" for name, value in patch.items()),     # the first fails if it is unknown
+             "app.main()"]
     return ["-c", "\n".join(lines)]
 
 
