@@ -127,6 +127,8 @@ class LoadFailed(ManagerError):
     def __init__(self, message: str, *, code: str, status: int = 503, param: str | None = None) -> None:
         super().__init__(message, code=code, param=param)
         self.status = status
+        if 400 <= status < 500:     # the caller's mistake: no such model, a wrong flag
+            self.type = {403: Forbidden.type, 404: NotFound.type}.get(status, BadRequest.type)
 
 
 # --- what happened to an exchange with an engine -----------------------------------------------------------------

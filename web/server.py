@@ -17,6 +17,7 @@ import queue
 import selectors
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -33,6 +34,7 @@ from gunicorn.workers.gthread import TConn, ThreadWorker
 from config import Settings
 from errors import BadRequest, DaemonError, TooLarge
 from web.intake import CONTINUE, Intake
+from web.threads import LOOK_S, Threads
 
 log = logging.getLogger("vllm_server.http")
 
@@ -146,7 +148,11 @@ class Worker(ThreadWorker):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._parked: dict[socket.socket, Parked] = {}
+        self._threads: Threads[Connection] = Threads(self.cfg.threads, self._serve)
         self.max_keepalived = self.worker_connections
+
+    def get_thread_pool(self) -> None:
+        """None of gunicorn's: web/threads.py."""
 
     def init_signals(self) -> None:
         super().init_signals()
@@ -166,7 +172,11 @@ class Worker(ThreadWorker):
         self.wsgi = self.service.wsgi
 
     def run(self) -> None:
-        self.service.start()
+        try:
+            self.service.start()
+        except Exception:
+            log.critical("the daemon cannot start", exc_info=True)
+            sys.exit(Arbiter.WORKER_BOOT_ERROR)     # the master ends too, instead of trying for ever
         self.poller.register(self.method_queue.fileno(), selectors.EVENT_READ, self.method_queue.run_callbacks)
         self.set_accept_enabled(True)
         looked_at = time.monotonic()
@@ -175,13 +185,19 @@ class Worker(ThreadWorker):
             can_accept = self.nr_conns + self.service.streams() < self.worker_connections
             if can_accept != self._accepting:
                 self.set_accept_enabled(can_accept)
-            self.wait_for_and_dispatch_events(timeout=1.0)
+            self._round(1.0)
             if time.monotonic() - looked_at >= 1.0:
                 looked_at = time.monotonic()
                 self._close_expired(looked_at)
         self._drain()
         self.service.stop(lambda: self.hurry, self.notify)
-        self.tpool.shutdown(wait=False)
+        self._threads.shut_down()
+
+    def _round(self, timeout_s: float) -> None:
+        backlog = self._threads.backlog()
+        self.wait_for_and_dispatch_events(timeout=LOOK_S if backlog else timeout_s)
+        if backlog:
+            self._threads.grow(time.monotonic())
 
     # --- connections, on the main thread --------------------------------------------------------------------------
 
@@ -286,11 +302,14 @@ class Worker(ThreadWorker):
             self._unpark(connection)
             self._close(connection)
 
-    def finish_request(self, conn: Connection, fs: Any) -> None:
+    def enqueue_req(self, conn: Connection) -> None:
+        self._threads.submit(conn)
+
+    def _finish(self, conn: Connection, keep: bool) -> None:
         """A thread is done with a request: wait for the next one, or close."""
         if conn.sock.fileno() < 0:      # it was handed to a relay, which closes it
             self.nr_conns -= 1
-        elif fs.cancelled() or fs.exception() is not None or not fs.result() or not self.alive:
+        elif not keep or not self.alive:
             self._linger(conn)
         elif conn.intake.begun and conn.intake.ready():     # pipelined: the next request is here already
             self.enqueue_req(conn)
@@ -299,6 +318,9 @@ class Worker(ThreadWorker):
             self._wait_for_client(conn, None)
 
     # --- one request, on a thread of its own ------------------------------------------------------------------------
+
+    def _serve(self, conn: Connection) -> None:
+        self.method_queue.defer(self._finish, conn, self.handle(conn))
 
     def handle(self, conn: Connection) -> bool:
         """Whether the connection may be used again."""
@@ -358,7 +380,7 @@ class Worker(ThreadWorker):
         deadline = time.monotonic() + self.settings.shutdown_grace_s
         while self.nr_conns + self.service.streams() > 0 and time.monotonic() < deadline and not self.hurry:
             self.notify()
-            self.wait_for_and_dispatch_events(timeout=0.2)
+            self._round(0.2)
 
 
 class Server(BaseApplication):

@@ -1,0 +1,80 @@
+"""The request threads: few as long as few are enough, more when all of them wait for an engine.
+
+A pool that starts a thread for every request that finds none idle ends, in a storm of 1,000 streams, with hundreds of
+threads that take the interpreter from each other, while eight would be done sooner.  So past a small core a thread is
+added only when requests wait and hardly any was taken up lately: then the threads are blocked, not busy.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+Job = TypeVar("Job")
+
+CORE = 16               # threads that are started without looking
+LOOK_S = 0.02           # how often a backlog is looked at
+FEW = 1                 # requests taken up between two looks: no more than this means blocked
+
+
+class Threads(Generic[Job]):
+    """`run(job)` is called on one of at most `most` threads; it must not raise."""
+
+    def __init__(self, most: int, run: Callable[[Job], None]) -> None:
+        self._most = most
+        self._run = run
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._count = 0
+        self._idle = 0
+        self._taken = 0         # jobs taken up since the last look
+        self._lock = threading.Lock()
+        self._looked_at = 0.0
+
+    @property
+    def count(self) -> int:
+        return self._count
+
+    def backlog(self) -> bool:
+        """Whether requests wait for a thread."""
+        return self._jobs.qsize() > 0
+
+    def submit(self, job: Job) -> None:
+        """Called by one thread only, as `grow` is."""
+        self._jobs.put(job)
+        if self._count < CORE and self._jobs.qsize() > self._idle:
+            self._start()
+
+    def grow(self, now: float) -> None:
+        """Add threads if the backlog does not move; call it every LOOK_S seconds while there is one."""
+        if now - self._looked_at < LOOK_S:
+            return
+        self._looked_at = now
+        with self._lock:
+            taken, self._taken = self._taken, 0
+        if taken <= FEW and self.backlog():
+            for _ in range(min(max(1, self._count // 8), self._jobs.qsize())):
+                self._start()
+
+    def shut_down(self) -> None:
+        """Let the threads end once they are idle; does not wait for them."""
+        for _ in range(self._count):
+            self._jobs.put(None)
+
+    def _start(self) -> None:
+        if self._count < self._most:
+            self._count += 1
+            threading.Thread(target=self._work, name=f"request-{self._count}", daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                self._idle += 1
+            job = self._jobs.get()
+            with self._lock:
+                self._idle -= 1
+                self._taken += 1
+            if job is None:
+                return
+            self._run(job)
