@@ -95,11 +95,12 @@ def test_every_failure_code_stands_there_with_its_status(readme: str) -> None:
 
 def other_codes() -> set[str]:
     """What else `last_error.code` may be: problems that the source makes, and errors before the engine runs."""
-    made = {"no_gpu_memory", "not_enough_gpus", errors.NoFreePort.code, launcher.LaunchError.code}
+    made = {"not_enough_gpus", errors.NoRoom.code, errors.NoFreePort.code, launcher.LaunchError.code,
+            launcher.LaunchRefused.code}
     for path in (CHECKOUT / "instances").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("Problem", "Cause"):
-                made |= {word.value for word in node.args[:1] if isinstance(word, ast.Constant)}
+                made |= {str(word.value) for word in node.args[:1] if isinstance(word, ast.Constant)}
     assert {"start_timeout", "engine_hung", "exited"} <= made       # else this test has lost its sight
     return made
 
