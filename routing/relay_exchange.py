@@ -89,7 +89,10 @@ class Stream(Exchange):
 
     def start(self) -> None:
         self.loop.watch(self.client.fileno(), RDHUP, self._on_client)
-        self._flush()
+        if self._body.done or self._body.broken:
+            self._upstream_over(UPSTREAM if self._body.done else UPSTREAM_CUT)
+        else:
+            self._flush()
 
     def _on_upstream(self, _mask: int) -> None:
         loop = self.loop
@@ -149,9 +152,6 @@ class Stream(Exchange):
                 self.loop.change(self.client.fileno(), RDHUP | OUT)
                 return
         self._pending = _NOTHING  # lets go of the bytes
-        body = self._body
-        if self._ends_by is None and (body.done or body.broken):
-            self._ends_by = UPSTREAM if body.done else UPSTREAM_CUT
         if self._ends_by is not None:
             self._finish(self._ends_by)
             return

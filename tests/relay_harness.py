@@ -90,9 +90,10 @@ class Driven:
 
     def open(self, framing: Framing, *, to_client: bytes = HEAD, body_at: int = len(HEAD), to_upstream: bytes = b"",
              idle_timeout_s: float | None = None, sse: bool = False, cut_message: bytes = b"",
-             buffer_bytes: int | None = None) -> tuple[int, socket.socket, socket.socket]:
+             buffer_bytes: int | None = None, client_buffer_bytes: int | None = None
+             ) -> tuple[int, socket.socket, socket.socket]:
         """An exchange: its id, the client, the upstream."""
-        client, client_side = self.sockets.pair(buffer_bytes)
+        client, client_side = self.sockets.pair(client_buffer_bytes or buffer_bytes)
         upstream, upstream_side = self.sockets.pair(buffer_bytes)
         self._ids += 1
         self.loop.add(client_side, upstream_side, Handover(
@@ -108,6 +109,12 @@ class Driven:
     def advance(self, seconds: float) -> None:
         self.clock.now += seconds
         self.settle()
+
+    def wait_for_rest(self) -> None:
+        """Returns when nothing is ready for the loop; one that spins on an event never comes to that.  (A loop's
+        events are level-triggered: to look at them takes none away.)"""
+        self.settle()
+        wait_until(lambda: self.loop._epoll.poll(0) == [])
 
     def settle(self) -> None:
         """Returns when the loop has finished a turn that began after this call."""

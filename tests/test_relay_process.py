@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from routing.framing import CHUNKED, EOF, TUNNEL, Framing, content_length
-from routing.relay_process import CHILD, Ended, Relays, RelayUnavailable
+from routing.relay_process import CHILD, Ended, Relays, RelayUnavailable, _Relay
 from routing.relay_wire import (
     MESSAGE_BYTES,
     PIECE_BYTES,
@@ -378,22 +378,38 @@ def test_a_process_that_takes_nothing_refuses_and_blocks_nobody_for_long(
 
 
 def test_no_descriptor_is_left_after_many_exchanges(running: Running) -> None:
-    def exchange() -> None:
-        exchange_id, client, upstream = running.open()
-        upstream.sendall(WIRE)
-        assert read_all(client) == (HEAD + WIRE, False)
-        running.end_of(exchange_id)
+    def exchange(count: int) -> None:
+        opened = [running.open() for _ in range(count)]
+        for _, _, upstream in opened:
+            upstream.sendall(WIRE)
+        for _, client, _ in opened:
+            assert read_all(client) == (HEAD + WIRE, False)
+        wait_until(lambda: len(running.ends) == count)
         running.sockets.close_peers()
         running.ends.clear()
 
-    exchange()
+    exchange(1)
     pid = running.pid()
     wait_until(lambda: descriptors(pid) == 6)  # three standard ones, control, epoll, wake-up
     here = descriptors("self")
-    for _ in range(500):
-        exchange()
+    for _ in range(10):
+        exchange(50)
     wait_until(lambda: descriptors(pid) == 6)
     assert descriptors("self") == here
+
+
+def test_what_a_process_told_before_its_death_is_heard() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ends: list[Ended] = []
+    relay = _Relay(0, sys.executable, lambda: None)
+    relay._open[1] = ends.append
+    end = Ended(1, 5, 0, None, 1.0, "client", complete=False)
+    theirs.send(ended_message([end]))
+    ours.send(b"a message that it did not read")  # makes its death a reset
+    theirs.close()
+    with ours:
+        relay._hear(ours)
+    assert ends == [end]
 
 
 # --- the process ---------------------------------------------------------------------------------------------------
