@@ -281,6 +281,7 @@ class Daemon:
 
     def gauge(self, instance: Mapping[str, Any], name: str = "vllm:num_requests_running") -> float:
         """A figure of the engine's own /metrics, asked past the daemon."""
+        assert instance["port"] is not None
         text = self.call("GET", "/metrics", port=instance["port"]).body.decode()
         return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(name + "{"))
 
