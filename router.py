@@ -122,14 +122,19 @@ class Router:
         raise NotFound(f"no running instance knows the response {response_id[:64]!r}", code="response_not_found",
                        param="response_id")
 
-    def read_body(self, incoming: Request) -> bytes:
-        """The whole body.  Raises TooLarge, or BadRequest when it is shorter than its Content-Length."""
+    def read_body(self, incoming: Request) -> bytes | memoryview:
+        """The whole body; the server has collected it already (web/intake.py).
+
+        Raises TooLarge, or BadRequest when it is shorter than its Content-Length.
+        """
         length = incoming.content_length
         limit = self.manager.settings.max_request_bytes
         if length is not None and length > limit:
             raise TooLarge(f"the body has {length} bytes; MAX_REQUEST_BYTES allows {limit}")
         try:
-            body: bytes = incoming.environ["wsgi.input"].read(length if length is not None else limit + 1)
+            source = incoming.environ["wsgi.input"]
+            body: bytes | memoryview = source.take() if hasattr(source, "take") else source.read(
+                length if length is not None else limit + 1)
         except (OSError, ClientDisconnected) as error:
             raise ClientLeft from error
         if length is not None and len(body) < length:
@@ -166,8 +171,9 @@ class Router:
 
     # --- one exchange ---------------------------------------------------------------------------------------------
 
-    def _forward(self, incoming: Request, path: str, body: bytes, backends: Callable[[], list[Candidate]], *,
-                 what: str, prefer: str | None = None, with_id: Callable[[bytes, str], None] | None = None,
+    def _forward(self, incoming: Request, path: str, body: bytes | memoryview,
+                 backends: Callable[[], list[Candidate]], *, what: str, prefer: str | None = None,
+                 with_id: Callable[[bytes, str], None] | None = None,
                  with_owner: Callable[[str], None] | None = None) -> Response:
         watched = self.watch.add(incoming.environ["gunicorn.socket"])
         try:
@@ -203,7 +209,7 @@ class Router:
             raise
         return Response(TakenOver(), direct_passthrough=True)
 
-    def _exchange(self, incoming: Request, path: str, body: bytes, lease: Lease, watched: Watched,
+    def _exchange(self, incoming: Request, path: str, body: bytes | memoryview, lease: Lease, watched: Watched,
                   with_id: Callable[[bytes, str], None] | None) -> Response:
         """Send, read the head, and hand what is held to a RelayStream.  Releases the lease if that fails."""
         exchange = Exchange()

@@ -25,7 +25,7 @@ class Wanted:
     previous_response_id: str | None = None
 
 
-def find(content_type: str, body: bytes) -> Wanted:
+def find(content_type: str, body: bytes | memoryview) -> Wanted:
     """The model that a JSON or multipart body names.
 
     Raises BadRequest (no JSON, no object, no model, not a string) or UnsupportedMediaType.
@@ -40,7 +40,7 @@ def find(content_type: str, body: bytes) -> Wanted:
                                "or multipart/form-data", param="Content-Type")
 
 
-def _in_json(body: bytes) -> Wanted:
+def _in_json(body: bytes | memoryview) -> Wanted:
     try:
         data = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -52,14 +52,14 @@ def _in_json(body: bytes) -> Wanted:
                   previous_response_id=previous if isinstance(previous, str) else None)
 
 
-def _in_form(body: bytes, boundary: str) -> Wanted:
+def _in_form(body: bytes | memoryview, boundary: str) -> Wanted:
     if not boundary:
         raise BadRequest("multipart/form-data without a boundary", param="Content-Type", code="invalid_form")
     decoder = MultipartDecoder(boundary.encode("latin-1", "replace"), max_parts=MAX_PARTS)
     fields: dict[str, bytearray] = {}       # of a field that comes twice, the last, as for the engine
     current: bytearray | None = None
     try:
-        decoder.receive_data(body)
+        decoder.receive_data(bytes(body))
         decoder.receive_data(None)
         while not isinstance(event := decoder.next_event(), (Epilogue, NeedData)):
             if isinstance(event, Field):

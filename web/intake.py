@@ -6,9 +6,12 @@ where the head ends and how much body follows.  Where it cannot tell, it hands o
 
 from __future__ import annotations
 
+import io
 import re
 from dataclasses import dataclass
+from typing import Any
 
+LARGE_BODY_BYTES = 1 << 16      # from here on a body is received into its place, not appended piece by piece
 MAX_HEAD_BYTES = 1 << 17        # past gunicorn's own limits, so that its 431 says what is too large
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
@@ -24,7 +27,7 @@ class Taken:
     """One request.  `whole`: nothing of it is left on the connection; otherwise its body is what there is of it."""
 
     head: bytes
-    body: bytes
+    body: bytes | memoryview
     whole: bool
     too_large: bool = False
     broken: str | None = None       # why the body cannot be understood
@@ -46,21 +49,32 @@ class Intake:
         self._decoded: list[bytes] = []
         self._decoded_bytes = 0
         self._broken: str | None = None
+        self._large: memoryview | None = None   # a large body's place
+        self._filled = 0                        # bytes of it that are there
         self._ready = False
         self.wants_continue = False
 
     @property
     def begun(self) -> bool:
         """Whether the client has sent a part of a request."""
-        return bool(self._buffer)
+        return bool(self._buffer) or self._large is not None
 
     @property
     def in_body(self) -> bool:
         return self._head_end > 0
 
     def feed(self, data: bytes) -> bool:
-        """Whether a request is complete, or can be refused as it stands."""
+        """Whether a request is complete, or can be refused as it stands.  Not to be called while there is a `room`."""
         self._buffer += data
+        return self.ready()
+
+    def room(self) -> memoryview | None:
+        """Where the rest of a large body is to be received to; `filled` then says how much came."""
+        return self._large[self._filled:] if self._large is not None and not self._ready else None
+
+    def filled(self, count: int) -> bool:
+        """As `feed`, for `count` bytes that were received into `room`."""
+        self._filled += count
         return self.ready()
 
     def ready(self) -> bool:
@@ -79,8 +93,12 @@ class Intake:
 
     def take(self) -> Taken:
         """The request; the intake then stands at the next one."""
+        body: bytes | memoryview = b""
         if not self._head_end:
-            head, body, end = bytes(self._buffer), b"", len(self._buffer)
+            head, end = bytes(self._buffer), len(self._buffer)
+        elif self._large is not None:
+            head, body = _EXPECT.sub(b"\r\n", bytes(self._buffer)), self._large[:self._filled]
+            end = self._head_end + self._filled
         else:
             end = self._scanned if self._chunked else min(self._head_end + self._length, len(self._buffer))
             with memoryview(self._buffer) as view:
@@ -88,7 +106,7 @@ class Intake:
                 body = b"".join(self._decoded) if self._chunked else bytes(view[self._head_end:end])
         too_large = self._length > self._max or self._decoded_bytes > self._max
         taken = Taken(head, body, self._is_whole(end), too_large, self._broken)
-        del self._buffer[:end if taken.whole else len(self._buffer)]
+        del self._buffer[:end if taken.whole and self._large is None else len(self._buffer)]
         self._start()
         return taken
 
@@ -109,11 +127,22 @@ class Intake:
             # Of a length beyond all bounds its first digits are enough: it is refused, and must not count as none.
             self._length = int(length[1].lstrip(b"0")[:19] or b"0")
         self.wants_continue = _EXPECT.search(head) is not None
+        if LARGE_BODY_BYTES <= self._length <= self._max and len(self._buffer) < self._head_end + self._length:
+            self._make_room()
         return True
+
+    def _make_room(self) -> None:
+        self._large = memoryview(bytearray(self._length))
+        self._filled = len(self._buffer) - self._head_end
+        with memoryview(self._buffer) as view:
+            self._large[:self._filled] = view[self._head_end:]
+        del self._buffer[self._head_end:]
 
     def _body_is_there(self) -> bool:
         if self._chunked:
             return self._decode()
+        if self._large is not None:
+            return self._filled == self._length
         return self._length > self._max or len(self._buffer) >= self._head_end + self._length
 
     def _decode(self) -> bool:
@@ -156,3 +185,25 @@ class Intake:
             self._broken = "the trailers are too large"
             return True
         return False
+
+
+class Collected(io.RawIOBase):
+    """`wsgi.input` over a body that is already here.  Who knows that takes it whole, without a copy."""
+
+    def __init__(self, data: bytes | memoryview) -> None:
+        super().__init__()
+        self._data = data
+        self._at = 0
+
+    def take(self) -> bytes | memoryview:
+        self._at = len(self._data)
+        return self._data
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = min(len(buffer), len(self._data) - self._at)
+        buffer[:count] = self._data[self._at:self._at + count]
+        self._at += count
+        return count

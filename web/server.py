@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import io
 import logging
 import os
 import queue
@@ -33,7 +32,7 @@ from gunicorn.workers.gthread import TConn, ThreadWorker
 
 from config import Settings
 from errors import BadRequest, DaemonError, TooLarge
-from web.intake import CONTINUE, Intake
+from web.intake import CONTINUE, Collected, Intake
 from web.threads import LOOK_S, Threads
 
 log = logging.getLogger("vllm_server.http")
@@ -45,7 +44,8 @@ BOUND_S = 120     # a worker whose main loop stands still for so long is restart
 Wsgi = Callable[..., Any]
 
 ACCEPTS_A_ROUND = 64
-RECEIVE_BYTES = 1 << 18
+READS_A_ROUND = 8           # of one connection, before the others have their turn
+RECEIVE_BYTES = 1 << 16
 REQUEST_IDLE_S = 60.0       # for a request's head, and between two pieces of its body
 SEND_TIMEOUT_S = 60.0       # a client that takes nothing for so long is gone
 LINGER_S = 2.0
@@ -223,13 +223,8 @@ class Worker(ThreadWorker):
     def _receive(self, connection: Connection, parked: Parked | None) -> None:
         """Read what is there; hand the request to a thread once it is whole, else go on waiting for the client."""
         intake = connection.intake
-        try:
-            data = connection.sock.recv(RECEIVE_BYTES)
-        except BlockingIOError:
-            data = None
-        except OSError:
-            data = b""
-        if data == b"":
+        ready, ended = self._read(connection.sock, intake)
+        if ended:
             if parked is not None:
                 self._unpark(connection)
             if intake.in_body:
@@ -237,12 +232,33 @@ class Worker(ThreadWorker):
                 self.enqueue_req(connection)
             else:
                 self._close(connection)
-        elif data is not None and intake.feed(data):
+        elif ready:
             if parked is not None:
                 self._unpark(connection)
             self.enqueue_req(connection)
         else:
             self._wait_for_client(connection, parked)
+
+    @staticmethod
+    def _read(sock: socket.socket, intake: Intake) -> tuple[bool, bool]:
+        """Read what is there, a bounded share: whether the request is complete, whether the client has ended."""
+        for _ in range(READS_A_ROUND):
+            try:
+                if (room := intake.room()) is not None:
+                    count = sock.recv_into(room)
+                    ready = intake.filled(count)
+                else:
+                    data = sock.recv(RECEIVE_BYTES)
+                    count, ready = len(data), bool(data) and intake.feed(data)
+            except BlockingIOError:
+                return False, False
+            except OSError:
+                return False, True
+            if ready or count == 0:
+                return ready, not ready
+            if intake.room() is None:
+                return False, False     # a small request that is not whole: more comes with the next event
+        return False, False
 
     def _wait_for_client(self, connection: Connection, parked: Parked | None) -> None:
         intake = connection.intake
@@ -337,7 +353,7 @@ class Worker(ThreadWorker):
                 raise TooLarge(f"the body is larger than MAX_REQUEST_BYTES ({self.settings.max_request_bytes}) allows")
             if taken.broken is not None:
                 raise http_errors.InvalidChunkSize(taken.broken.encode())
-            request.body = io.BytesIO(taken.body)
+            request.body = Collected(taken.body)
             keep: bool = self.handle_request(request, conn)
             return keep and taken.whole
         except (http_errors.NoMoreData, StopIteration):
