@@ -1,0 +1,123 @@
+"""web/intake.py: requests come out whole, however their bytes were cut on the way."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from web.intake import LARGE_BODY_BYTES, MAX_HEAD_BYTES, Collected, Intake, Taken
+
+LIMIT = 1 << 20
+GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+def post(body: bytes, *headers: bytes) -> bytes:
+    return b"\r\n".join([b"POST / HTTP/1.1", b"Content-Length: %d" % len(body), *headers, b"", b""]) + body
+
+
+def chunked(*chunks: bytes, trailers: bytes = b"") -> bytes:
+    parts = b"".join(b"%x;ext=1\r\n%s\r\n" % (len(chunk), chunk) for chunk in chunks)
+    return b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n" + parts + b"0\r\n" + trailers + b"\r\n"
+
+
+def drive(intake: Intake, data: bytes, step: int) -> list[Taken]:
+    """Feed it as the server does, `step` bytes at a time; what was taken whenever it was ready."""
+    taken, at = [], 0
+    while at < len(data):
+        room = intake.room()
+        count = min(step, len(data) - at, len(room) if room is not None else step)
+        if room is not None:
+            room[:count] = data[at:at + count]
+            ready = intake.filled(count)
+        else:
+            ready = intake.feed(data[at:at + count])
+        at += count
+        while ready:
+            taken.append(intake.take())
+            ready = intake.begun and intake.ready()
+    return taken
+
+
+@given(st.integers(1, 400), st.lists(st.sampled_from([
+    GET, post(b""), post(b"abc"), post(b"y" * 70_000), post(b"z" * 200_000, b"Expect: 100-continue"),
+    chunked(b"abc", b"hello"), chunked(trailers=b"A: 1\r\nB: 2\r\n"), chunked(b"\r\n0\r\n\r\n")]), min_size=1, max_size=5))
+def test_any_cut_gives_the_same_requests(thousandths: int, requests: list[bytes]) -> None:
+    data = b"".join(requests)
+    step = max(1, len(data) * thousandths // 1000)
+    taken = drive(Intake(LIMIT), data, step)
+    assert [bytes(one.body) for one in taken] == [body_of(request) for request in requests]
+    assert all(one.whole and not one.too_large and one.broken is None for one in taken)
+    assert all(one.head.endswith(b"\r\n\r\n") and b"Expect" not in one.head for one in taken)
+
+
+def body_of(request: bytes) -> bytes:
+    head, _, body = request.partition(b"\r\n\r\n")
+    if b"chunked" not in head:
+        return body
+    return {chunked(b"abc", b"hello"): b"abchello", chunked(b"\r\n0\r\n\r\n"): b"\r\n0\r\n\r\n"}.get(request, b"")
+
+
+def test_a_body_that_is_declared_too_large_is_not_waited_for() -> None:
+    intake = Intake(1000)
+    assert intake.feed(b"POST / HTTP/1.1\r\nContent-Length: 1001\r\n\r\n")
+    taken = intake.take()
+    assert taken.too_large and not taken.whole
+
+
+@pytest.mark.parametrize("chunks", [(b"x" * 600, b"x" * 600), (b"x" * 5000,)])
+def test_a_chunked_body_that_grows_too_large_is_refused_as_it_grows(chunks: tuple[bytes, ...]) -> None:
+    intake = Intake(1000)
+    assert any(intake.feed(bytes([byte])) for byte in chunked(*chunks))
+    assert intake.take().too_large
+
+
+@pytest.mark.parametrize("body", [b"zz\r\nabc\r\n0\r\n\r\n", b"-1\r\n", b"3\r\nabcd\r\n0\r\n\r\n", b"0x3\r\nabc\r\n",
+                                  b"\r\n\r\n", b"f" * 5000, b"0\r\n" + b"A: b\r\n" * 30_000])
+def test_broken_chunks_are_told_and_nothing_after_them_is_believed(body: bytes) -> None:
+    intake = Intake(LIMIT)
+    assert intake.feed(b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n" + body)
+    taken = intake.take()
+    assert taken.broken is not None and not taken.whole
+    assert not intake.begun
+
+
+def test_a_head_without_end_is_handed_over_to_be_refused() -> None:
+    intake = Intake(LIMIT)
+    assert not intake.feed(b"GET / HTTP/1.1\r\nA: " + b"x" * (MAX_HEAD_BYTES // 2))
+    assert intake.feed(b"x" * MAX_HEAD_BYTES)
+    assert not intake.take().whole
+
+
+@pytest.mark.parametrize("length", [10, LARGE_BODY_BYTES * 2])
+def test_a_client_that_ends_early_leaves_what_it_sent(length: int) -> None:
+    intake = Intake(LIMIT)
+    drive(intake, b"POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n1234" % length, 1)
+    intake.end()
+    taken = intake.take()
+    assert bytes(taken.body) == b"1234" and not taken.whole
+
+
+def test_a_client_that_ends_within_chunks_is_broken() -> None:
+    intake = Intake(LIMIT)
+    assert not intake.feed(chunked(b"abc")[:-3])
+    intake.end()
+    assert intake.take().broken is not None
+
+
+def test_expect_is_noticed_once_the_head_is_there() -> None:
+    intake = Intake(LIMIT)
+    intake.feed(b"POST / HTTP/1.1\r\nContent-Length: 3\r\nExpect: 100-con")
+    assert not intake.wants_continue
+    intake.feed(b"tinue\r\n\r\n")
+    assert intake.wants_continue
+
+
+def test_a_collected_body_is_read_like_any_file_and_taken_whole() -> None:
+    body = Collected(memoryview(b"hello world"))
+    assert body.read(5) == b"hello"
+    assert body.read() == b" world"
+    assert body.read(1) == b""
+    whole = Collected(b"abc")
+    assert whole.take() == b"abc"
+    assert whole.read(1024) == b""      # a server that discards what is left finds nothing

@@ -1,0 +1,73 @@
+"""web/threads.py: threads are added when all are blocked, not because many requests came at once."""
+
+from __future__ import annotations
+
+import threading
+
+from tests.support import wait_until
+from web.threads import CORE, LOOK_S, Threads
+
+
+class Blocked:
+    """Jobs that wait for a gate."""
+
+    def __init__(self, most: int) -> None:
+        self.gate = threading.Event()
+        self.running = 0
+        self.done = 0
+        self._lock = threading.Lock()
+        self.threads = Threads[int](most, self._run)
+
+    def _run(self, job: int) -> None:
+        with self._lock:
+            self.running += 1
+        self.gate.wait(120)
+        with self._lock:
+            self.done += 1
+
+
+def end(threads: Threads[int]) -> None:
+    threads.shut_down()
+    wait_until(lambda: not any(thread.name.startswith("request-") for thread in threading.enumerate()))
+
+
+def test_one_request_at_a_time_takes_one_thread() -> None:
+    done: list[int] = []
+    threads = Threads[int](100, done.append)
+    for job in range(50):
+        threads.submit(job)
+        wait_until(lambda job=job: len(done) == job + 1)
+        wait_until(lambda: threads._idle == threads.count)
+    assert done == list(range(50))
+    assert threads.count <= 2
+    end(threads)
+
+
+def test_blocked_threads_are_joined_by_others_up_to_the_bound() -> None:
+    blocked = Blocked(most=CORE + 5)
+    for job in range(CORE + 10):
+        blocked.threads.submit(job)
+    wait_until(lambda: blocked.running == CORE)
+    now = 0.0
+    for _ in range(200):
+        now += LOOK_S
+        blocked.threads.grow(now)
+    wait_until(lambda: blocked.running == CORE + 5)
+    assert blocked.threads.count == CORE + 5
+    assert blocked.threads.backlog()
+    blocked.gate.set()
+    wait_until(lambda: blocked.done == CORE + 10)
+    end(blocked.threads)
+
+
+def test_a_backlog_that_moves_adds_nobody() -> None:
+    blocked = Blocked(most=200)
+    for job in range(CORE * 3):
+        blocked.threads.submit(job)
+    wait_until(lambda: blocked.running == CORE)
+    blocked.threads._taken = 50     # many were taken up since the last look
+    blocked.threads.grow(1.0)
+    assert blocked.threads.count == CORE
+    blocked.gate.set()
+    wait_until(lambda: blocked.done == CORE * 3)
+    end(blocked.threads)
