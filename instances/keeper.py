@@ -71,7 +71,7 @@ class Keeper:
         if state in steps:
             steps[state](now)
         else:   # failed, or failed and already deleted: its cause stays listed, but the next daemon need not know it
-            self._clean_up(EngineDied(self._instance.why))
+            self._clean_up(self._death())
             self._resources.forget(self._instance.id)
             return False
         if self._instance.state is State.STOPPED:
@@ -125,32 +125,29 @@ class Keeper:
                 "longer", status=504))
 
     def _launch(self, now: float) -> None:
-        if waits_for := self._blocked_by(now):
-            self._registry.note_phase(self._instance, waits_for)
+        if self._registry.waits_for_old(self._instance):
+            self._registry.note_phase(self._instance, "waiting_for_old_instance")
             return
+        self._holds_nothing = False
         try:
             self._engine = self._run_engine(now)
         except (DaemonError, OSError) as error:
             self._fail(_problem_of_launch(self._instance.spec.model, error))
+            return
+        if self._engine is None:
+            self._registry.note_phase(self._instance, "waiting_for_device")
             return
         self._served = False
         self._registry.note_process(self._instance, self._engine.pid)
         self._follow_start(now, self._instance.spec.start_timeout_s)
         prune_logs(Path(self._instance.log_path).parent, LOGS_KEPT, self._registry.log_paths())
 
-    def _blocked_by(self, now: float) -> str | None:
-        """Why it may not start yet; None: it has its turn on its devices."""
-        if self._registry.waits_for_old(self._instance):
-            return "waiting_for_old_instance"
-        self._holds_nothing = False
-        if not self._resources.take_turn(self._instance.id, self._instance.devices, now):
-            return "waiting_for_device"
-        return None
-
-    def _run_engine(self, now: float) -> Engine:
-        """Raises DaemonError and OSError."""
+    def _run_engine(self, now: float) -> Engine | None:
+        """None while another instance has its turn on the devices.  Raises DaemonError and OSError."""
         instance, resources = self._instance, self._resources
         plan = resources.place(instance.id, instance.spec, now)
+        if plan is None:
+            return None
         port = resources.reserve_port(instance.id, instance.port, self._avoid)
         self._registry.note_place(instance, plan, port)
         return resources.launcher.launch(LaunchSpec(
@@ -260,10 +257,14 @@ class Keeper:
             dying = self._served and self._instance.leases and self._engine is not None and self._engine.running()
             if dying and now - self._instance.changed_at < LAST_WORDS_S:
                 return
-            problem = self._instance.last_error
-            if not self._clean_up(EngineDied(problem.message if problem else "the engine died")):
+            if not self._clean_up(self._death()):
                 return      # what cannot be killed holds its memory: a new one would fail
         self._registry.restart_if_due(self._instance)
+
+    def _death(self) -> DaemonError:
+        """What requests in flight are told of it."""
+        problem = self._instance.last_error
+        return EngineDied("the engine died") if problem is None else EngineDied(problem.message, code=problem.code)
 
     def _clean_up(self, error: DaemonError) -> bool:
         """End the tree and what waits on it, then free port and devices; True when no process is left."""

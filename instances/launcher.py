@@ -111,8 +111,9 @@ class Engine:
     def watch_core(self) -> None:
         """Remember the processes behind the API server (EngineCore, workers), as they are once it is ready."""
         members = processes.session_members(self.pid)
-        self._core = [member for member in members
-                      if member.pid != self.pid and has_title(member.pid, self.instance_id)]
+        others = [member for member in members if member.pid != self.pid]
+        self._core = [member for member in others if has_title(member.pid, self.instance_id)] or [
+            member for member in others if "multiprocessing.spawn" in processes.command_line(member.pid)]
         self._shared_memory = processes.shared_memory_files(member.pid for member in members)
 
     def dead_core(self) -> int | None:
@@ -203,7 +204,10 @@ class Launcher:
 
 
 def _run(spec: LaunchSpec, output: int, run_dir: str) -> subprocess.Popen[bytes]:
-    env = {**compile_cache(), **spec.env, **engine_environment(spec.instance_id, run_dir)}
+    ours = engine_environment(spec.instance_id, run_dir)
+    # setproctitle finds a program's title by walking back from its first variable, and gives up, silently, when that
+    # was set anew by then: the first is one that vLLM only reads.
+    env = {**ours, **compile_cache(), **spec.env, **ours}
     try:
         return subprocess.Popen(list(spec.argv), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
                                 env=env, start_new_session=True)

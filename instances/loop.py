@@ -21,7 +21,7 @@ class Loop:
 
     def __init__(self, *, name: str, tick: Callable[[float], float | bool | None], interval_s: float,
                  clock: Callable[[], float] = time.monotonic) -> None:
-        self._tick = tick
+        self.tick = tick
         self._interval_s = interval_s
         self._clock = clock
         self._woken = threading.Event()
@@ -51,7 +51,7 @@ class Loop:
             self._woken.clear()
             wait_s: float | bool | None = None
             try:
-                wait_s = self._tick(self._clock())
+                wait_s = self.tick(self._clock())
             except Exception:
                 log.exception("a tick of %s failed; it goes on", self._thread.name)
                 wait_s = max(self._interval_s, AFTER_ERROR_S)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import gpu
 from config import Settings, child_environment, to_argv
-from errors import NoFreePort
+from errors import NoFreePort, NoRoom
 from instances import placement
 from instances.instance import InstanceSpec, InstanceView
 from instances.launcher import EngineRecord, Launcher
@@ -44,23 +45,35 @@ class Resources:
 
     # --- a start --------------------------------------------------------------------------------------------------
 
-    def take_turn(self, instance_id: str, devices: Collection[int], now: float) -> bool:
-        """False: another instance starts or stops on one of these GPUs (none named: on any).
+    def place(self, instance_id: str, spec: InstanceSpec, now: float) -> placement.Plan | None:
+        """Choose devices and take their turns.  Raises NoRoom.
 
-        It is held until `give_back` or `end_turn`.  A machine without GPUs has nothing to take turns for.
+        None: there may be room when another instance, which starts or stops on a GPU now, is done.
+        """
+        busy = self.turns.of_others(instance_id)
+        devices = [replace(device, free_bytes=0) if device.index in busy else device
+                   for device in self.devices.read(now).devices]
+        try:
+            plan = placement.plan(spec.model, spec.flags, devices)
+        except NoRoom as error:
+            if busy and error.code == NoRoom.code:
+                return None
+            raise
+        if not self.take_turn(instance_id, plan.devices, now):
+            return None
+        log.info("%s (%s): devices %s (%s)", instance_id, spec.model, list(plan.devices), plan.because)
+        return plan
+
+    def take_turn(self, instance_id: str, devices: Collection[int], now: float) -> bool:
+        """False: another instance starts or stops on one of these GPUs.
+
+        It is held until `end_turn` or `give_back`.  There is nothing to take turns for in the host's memory.
         """
         gpus = [device.index for device in self.devices.read(now).devices if device.kind == "cuda"]
-        return self.turns.take(instance_id, [index for index in gpus if not devices or index in devices])
+        return self.turns.take(instance_id, [index for index in gpus if index in devices])
 
     def end_turn(self, instance_id: str) -> None:
         self.turns.give_back(instance_id)
-
-    def place(self, instance_id: str, spec: InstanceSpec, now: float) -> placement.Plan:
-        """Choose devices and let go of the turns on the others.  Raises NoRoom."""
-        plan = placement.plan(spec.model, spec.flags, self.devices.read(now).devices)
-        self.turns.keep_only(instance_id, plan.devices)
-        log.info("%s (%s): devices %s (%s)", instance_id, spec.model, list(plan.devices), plan.because)
-        return plan
 
     def reserve_port(self, instance_id: str, preferred: int | None, avoid: Collection[int]) -> int:
         """Its port if that is still free, else the lowest that is.  Raises NoFreePort."""

@@ -21,10 +21,10 @@ class Turns:
             self._holders.update(dict.fromkeys(devices, owner))
             return True
 
-    def keep_only(self, owner: str, devices: Collection[int]) -> None:
+    def of_others(self, owner: str) -> frozenset[int]:
         with self._lock:
-            self._holders = {device: holder for device, holder in self._holders.items()
-                             if holder != owner or device in devices}
+            return frozenset(device for device, holder in self._holders.items() if holder != owner)
 
     def give_back(self, owner: str) -> None:
-        self.keep_only(owner, ())
+        with self._lock:
+            self._holders = {device: holder for device, holder in self._holders.items() if holder != owner}

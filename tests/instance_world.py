@@ -1,0 +1,283 @@
+"""A world of fakes around the instance manager: a clock that only the test moves, devices, engines that do as told.
+
+No thread runs: `World.step` moves the clock and calls the tick of every keeper and of the reaper once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import config
+import gpu
+from errors import ManagerError
+from instance_manager import CreateRequest, InstanceManager
+from instances import probe
+from instances.instance import Instance, InstanceView, Lease, State
+from instances.launcher import EngineRecord, LaunchSpec
+from instances.loop import Loop
+from instances.sockets import Listener
+from instances.store import StateDir
+
+GIB = 1 << 30
+BASE_PORT = 23_400
+HOST = gpu.Device(0, "", "CPU host memory", "host", 64 * GIB, 0, 64 * GIB)
+
+
+def cuda(index: int, free_gib: float = 80) -> gpu.Device:
+    return gpu.Device(index, f"GPU-{index}", "H200", "cuda", 80 * GIB, int((80 - free_gib) * GIB), int(free_gib * GIB))
+
+
+@dataclass
+class FakeDevices:
+    devices: tuple[gpu.Device, ...] = (HOST,)
+    closed: bool = False
+
+    def read(self, now: float) -> gpu.Reading:
+        return gpu.Reading(now, self.devices)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@dataclass(eq=False)
+class FakeEngine:
+    """A tree of processes that does what the test sets."""
+
+    spec: LaunchSpec
+    world: World
+    pid: int
+    port: int
+    alive: bool = True
+    health: int | None = 0              # status; 0: refused, None: no answer
+    answers: bool = True                # inference requests
+    paths: tuple[str, ...] = ("/v1/completions",)
+    tokens: float = 0.0
+    names: tuple[str, ...] = ()
+    code: int | None = None
+    dead: int | None = None             # pid of an engine process that died
+    deaf: bool = False                  # to SIGTERM
+    immortal: bool = False              # survives SIGKILL
+    listens: Listener = Listener.OURS
+    asked: list[str] = field(default_factory=list)
+
+    @property
+    def record(self) -> EngineRecord:
+        return EngineRecord(pid=self.pid, started_ticks=1, boot_id="boot", run_dir="/nowhere")
+
+    def running(self) -> bool:
+        return self.alive
+
+    def exit_code(self) -> int | None:
+        return self.code
+
+    def pids(self) -> list[int]:
+        return [self.pid]
+
+    def listener(self, port: int) -> Listener:
+        assert port == self.port
+        return self.listens
+
+    def watch_core(self) -> None:
+        self.world.note(self, "watched")
+
+    def dead_core(self) -> int | None:
+        return self.dead
+
+    def terminate(self) -> None:
+        self.world.note(self, "TERM")
+        self.world.check_not_serving(self)
+        self.alive = self.alive and self.deaf
+
+    def destroy(self) -> bool:
+        self.world.note(self, "KILL")
+        self.world.check_not_serving(self)
+        self.alive = self.immortal
+        return not self.immortal
+
+    def dies(self, code: int = 1, says: str = "") -> None:
+        self.alive, self.code = False, code
+        with open(self.spec.log_path, "a") as file:
+            file.write(says)
+
+    def answer(self, method: str, path: str) -> probe.Answer | None:
+        self.asked.append(path)
+        if path == "/health":
+            return None if self.health is None else probe.Answer(self.health)
+        if path == "/v1/models":
+            data = [{"id": name} for name in self.names]
+            return probe.Answer(200, json.dumps({"object": "list", "data": data}).encode())
+        if path == "/metrics":
+            return probe.Answer(200, b'vllm:generation_tokens_total{model_name="m"} %f\n' % self.tokens)
+        if path not in self.paths:
+            return probe.Answer(404)
+        return probe.Answer(200) if self.answers else None
+
+
+class FakeProbe:
+    """Stands in for probe.Probe: the engine that has the port answers."""
+
+    world: World
+    open: set[FakeProbe]
+
+    def __init__(self, port: int, method: str, path: str, body: dict[str, Any] | None = None) -> None:
+        self._engine = next((one for one in self.world.engines if one.alive and one.port == port), None)
+        self._question = method, path
+        self.open.add(self)
+
+    def poll(self) -> probe.Answer | None:
+        answer = self._engine.answer(*self._question) if self._engine is not None else probe.Answer(0)
+        if answer is not None:
+            self.close()
+        return answer
+
+    def close(self) -> None:
+        self.open.discard(self)
+
+
+@dataclass
+class FakeLauncher:
+    world: World
+    broken: Exception | None = None             # raised by the next launch
+    left: dict[str, FakeEngine] = field(default_factory=dict)   # by an earlier daemon, by instance id
+
+    def launch(self, spec: LaunchSpec) -> FakeEngine:
+        assert not self.world.manager._changed._is_owned(), "launched under the lock"
+        if self.broken is not None:
+            raise self.broken
+        spec.log_path.write_text("")
+        port = int(spec.argv[spec.argv.index("--port") + 1])
+        assert not any(one.alive and one.port == port for one in self.world.engines), "two engines on one port"
+        engine = FakeEngine(spec, self.world, pid=1000 + len(self.world.engines), port=port)
+        self.world.engines.append(engine)
+        self.world.note(engine, "launched")
+        return engine
+
+    def find(self, instance_id: str, record: EngineRecord, log_path: Path) -> FakeEngine | None:
+        engine = self.left.get(instance_id)
+        return engine if engine is not None and engine.alive and engine.pid == record.pid else None
+
+    def end_remains(self, instance_id: str, record: EngineRecord | None) -> None:
+        self.world.events.append(f"{instance_id} remains ended")
+
+
+class World:
+    """One manager and what it believes to be a machine."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: object) -> None:
+        self.now = 1000.0
+        self.events: list[str] = []
+        self.engines: list[FakeEngine] = []
+        self.loops: list[Loop] = []
+        self.stopped_while_serving = False
+        self.devices = FakeDevices()
+        self.launcher = FakeLauncher(self)
+        self.folder = folder
+        self.overrides = {"VLLM_BASE_PORT": str(BASE_PORT), "PROBE_INTERVAL": "0", **settings}
+        self.state_dir = StateDir(folder / "state")
+        self.probe: type[FakeProbe] = type("WorldProbe", (FakeProbe,), {"world": self, "open": set()})
+        monkeypatch.setattr(probe, "Probe", self.probe)
+        self.manager = self.new_manager()
+
+    def settings(self, **overrides: object) -> config.Settings:
+        chosen = {name: str(value) for name, value in {**self.overrides, **overrides}.items()}
+        return config.load_settings({"HOME": str(self.folder)}, cwd=self.folder, overrides=chosen)
+
+    def new_manager(self) -> InstanceManager:
+        """As a daemon that starts on this state folder; the one before is gone."""
+        self.loops.clear()
+        self.manager = InstanceManager(
+            self.settings(), self.state_dir, launcher=self.launcher,  # type: ignore[arg-type]
+            devices=self.devices, environ={}, clock=lambda: self.now,  # type: ignore[arg-type]
+            wall=lambda: self.now + 1e9, run=self.loops.append)
+        return self.manager
+
+    # --- what happens ---------------------------------------------------------------------------------------------
+
+    def step(self, seconds: float = 0.0, times: int = 1) -> None:
+        """Move the clock, then call every tick once, and that again."""
+        for _ in range(times):
+            self.now += seconds
+            for loop in list(self.loops):
+                if loop.tick(self.now) is False:
+                    self.loops.remove(loop)
+        assert not self.stopped_while_serving
+
+    def create(self, model: str = "org/model", **fields: Any) -> InstanceView:
+        return self.manager.create(CreateRequest(model, fields.pop("params", {}), **fields))[0]
+
+    def loading(self, model: str = "org/model", **fields: Any) -> tuple[InstanceView, FakeEngine]:
+        """An instance whose engine was launched."""
+        view = self.create(model, **fields)
+        self.step()
+        return self.view(view), self.engine(view)
+
+    def ready(self, model: str = "org/model", **fields: Any) -> tuple[InstanceView, FakeEngine]:
+        view, engine = self.loading(model, **fields)
+        engine.health = 200
+        self.step(times=2)
+        assert self.view(view).state is State.READY
+        return self.view(view), engine
+
+    # --- what can be seen -----------------------------------------------------------------------------------------
+
+    def view(self, view: InstanceView) -> InstanceView:
+        return self.manager.get(view.id)
+
+    def instance(self, view: InstanceView) -> Instance:
+        return self.manager._instances[view.id]
+
+    def engine(self, view: InstanceView) -> FakeEngine:
+        """The newest of this instance."""
+        return [one for one in self.engines if one.spec.instance_id == view.id][-1]
+
+    def engines_of(self, view: InstanceView) -> list[FakeEngine]:
+        return [one for one in self.engines if one.spec.instance_id == view.id]
+
+    def record(self, view: InstanceView) -> Mapping[str, Any] | None:
+        """What stands on disk."""
+        path = self.state_dir.path / "instances" / f"{view.id}.json"
+        found: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
+        return found
+
+    def note(self, engine: FakeEngine, what: str) -> None:
+        self.events.append(f"{engine.spec.instance_id} {what}")
+
+    def events_of(self, view: InstanceView) -> list[str]:
+        return [event.removeprefix(f"{view.id} ") for event in self.events if event.startswith(view.id)]
+
+    def check_not_serving(self, engine: FakeEngine) -> None:
+        instance = self.manager._instances.get(engine.spec.instance_id)
+        if instance is not None and any(lease.cut_error is None for lease in instance.leases):
+            self.stopped_while_serving = True
+
+    def assert_nothing_left(self) -> None:
+        assert not any(one.alive for one in self.engines)
+        assert self.manager.snapshot() == []
+        assert list((self.state_dir.path / "instances").iterdir()) == []
+        assert self.manager.resources.ports._owners == {}
+        assert self.manager.resources.turns._holders == {}
+        assert self.manager._loops == {}
+        assert self.probe.open == set()
+
+
+def cut_of(lease: Lease, on_cut: Callable[[], None] | None = None) -> list[str]:
+    """Release the lease when it is cut, as a request thread does; the list then holds the code of the error."""
+    codes: list[str] = []
+
+    def release() -> None:
+        assert lease.cut_error is not None
+        codes.append(lease.cut_error.code)
+        lease.release()
+
+    lease.on_cut(on_cut or release)
+    return codes
+
+
+class Refused(ManagerError):
+    code = "refused"
