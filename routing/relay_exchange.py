@@ -79,7 +79,7 @@ class Stream(Exchange):
         self._send = client.send
         self._body = follow(handover.framing)
         self._body_at = handover.body_at
-        self._cut_message = handover.cut_message if handover.sse else b""
+        self._cut_message = handover.cut_message if handover.sse else None
         body = handover.to_client[handover.body_at :]
         end = handover.body_at + self._body.feed(body, len(body))
         self._pending = memoryview(handover.to_client)[:end]
@@ -184,8 +184,7 @@ class Stream(Exchange):
         self.report(by, complete=by == UPSTREAM)
 
     def abort(self, by: str, message: bytes = b"") -> None:
-        message = message or self._cut_message
-        if message and self._cut_message and not self._pending:
+        if self._cut_message is not None and not self._pending and (message := message or self._cut_message):
             with contextlib.suppress(OSError):  # told as well as can be
                 self.bytes_to_client += self._send(self._body.event_chunk(message))
         self._finish(by)

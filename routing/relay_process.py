@@ -64,8 +64,9 @@ class RelayStats:
 class Relays:
     """`processes` relay loops; an exchange goes to the one with the fewest.
 
-    To be made in the process that hands over, after any fork.  Every method may be called from any thread.  `on_end` callbacks are called in a relay's own thread here, exactly
-    once for each exchange handed over, and must be quick; one may come before `hand_over` has returned the id.
+    To be made in the process that hands over, after any fork.  Every method may be called from any thread.  `on_end`
+    callbacks are called in a relay's own thread here, exactly once for each exchange handed over, and must be quick;
+    one may come before `hand_over` has returned the id.
     """
 
     def __init__(self, processes: int = 1, *, wait_s: float = 2.0, python: str = sys.executable) -> None:

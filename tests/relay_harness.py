@@ -155,6 +155,23 @@ def driven_loop() -> Iterator[Driven]:
         driven.close()
 
 
+def fill(driven: Driven, upstream: socket.socket, data: bytes) -> int:
+    """Writes until nothing moves any more: the relay holds bytes, and the upstream can send no more."""
+    upstream.setblocking(False)
+    view = memoryview(data)
+    sent = 0
+    refused = 0
+    while refused < 20:
+        try:
+            sent += upstream.send(view[sent:])
+            refused = 0
+        except BlockingIOError:
+            refused += 1
+            driven.settle()
+    upstream.setblocking(True)
+    return sent
+
+
 def read_all(sock: socket.socket) -> tuple[bytes, bool]:
     """Until the end: what came, and whether the end was a reset."""
     data = bytearray()
