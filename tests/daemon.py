@@ -69,6 +69,7 @@ class Daemon:
         self.port = 0
         self.process: subprocess.Popen[bytes] | None = None
         self.may_log_tracebacks = False
+        self._sessions: list[int] = []
         self._log_from = 0
         # Short, as paths of sockets end at 107 bytes; every process of an engine has it in its environment.
         self.temporary = Path(tempfile.mkdtemp(prefix="vsd", dir="/tmp"))
@@ -106,6 +107,7 @@ class Daemon:
             self._log_from = output.tell()
             self.process = subprocess.Popen(self._argv, cwd=self.folder, env=self.env, stdout=output, stderr=output,
                                             stdin=subprocess.DEVNULL, start_new_session=True)
+        self._sessions.append(self.process.pid)
         wait_until(lambda: self._address() or self.exited())
         address = self._address()
         assert address is not None, f"the daemon did not start:\n{self.log}"
@@ -178,6 +180,7 @@ class Daemon:
 
     def assert_nothing_left(self) -> None:
         wait_until(lambda: not self.engine_processes(), 10)
+        wait_until(lambda: not any(processes.session_members(session) for session in self._sessions), 10)
         assert list(self.temporary.iterdir()) == []
         assert self.records() == []
         if not self.may_log_tracebacks:
@@ -276,7 +279,10 @@ class Daemon:
 
     def remove(self, *instance_ids: str) -> None:
         """Kill these, or all, and wait until they are gone."""
-        for instance_id in instance_ids or [one["id"] for one in self.instances()]:
+        doomed = instance_ids or [one["id"] for one in self.instances()]
+        for instance_id in doomed:
+            self.delete(f"/instances/{instance_id}?force=1")
+        for instance_id in doomed:
             self.delete(f"/instances/{instance_id}?force=1&wait=1")
 
     def gauge(self, instance: Mapping[str, Any], name: str = "vllm:num_requests_running") -> float:

@@ -99,7 +99,7 @@ def subclasses(of: type[errors.DaemonError]) -> list[type[errors.DaemonError]]:
 
 @pytest.mark.parametrize("kind", subclasses(errors.DaemonError), ids=lambda kind: kind.__name__)
 def test_each_of_our_errors(client: FlaskClient, manager: FakeManager, kind: type[errors.DaemonError]) -> None:
-    code = {"code": "some_cause"} if issubclass(kind, errors.LoadFailed) else {}
+    code: dict[str, Any] = {"code": "some_cause"} if issubclass(kind, errors.LoadFailed) else {}
     manager.error = kind("what happened and what to do", param="field", **code)
     answer = client.get("/instances")
     assert answer.status_code == kind.status

@@ -149,7 +149,7 @@ def test_models(daemon: Daemon, engines: dict[str, dict[str, Any]]) -> None:
 
 # --- streams ------------------------------------------------------------------------------------------------------
 
-STREAMED = {
+STREAMED: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": CHAT, "stream_options": {"include_usage": True}},
     "/v1/completions": {"prompt": ["a", "b"], "n": 2},
     "/v1/responses": {"input": "x"},
