@@ -49,6 +49,7 @@ RECEIVE_BYTES = 1 << 16
 REQUEST_IDLE_S = 60.0       # for a request's head, and between two pieces of its body
 SEND_TIMEOUT_S = 60.0       # a client that takes nothing for so long is gone
 LINGER_S = 2.0
+VANISHED_S = 60             # of silence before a client's host is asked whether it is still there
 LINGER_BYTES = 1 << 20
 CLIENT_GONE = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.EBADF})
 OUT_OF_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
@@ -431,6 +432,11 @@ class Server(BaseApplication):
         Master(self).run()
 
     def _ready(self, master: Master) -> None:
+        for listener in master.LISTENERS:   # every connection inherits it: a client that vanished is found in minutes
+            listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            listener.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, VANISHED_S)
+            listener.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, VANISHED_S // 4)
+            listener.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
         address = master.LISTENERS[0].sock.getsockname()
         host = f"[{address[0]}]" if ":" in address[0] else address[0]
         self._when_listening(f"http://{host}:{address[1]}")
