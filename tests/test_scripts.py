@@ -214,6 +214,40 @@ def test_pip_that_fails_says_what_to_do(tmp_path: Path) -> None:
     assert "run this again" in done.stderr
 
 
+# --- .ci/run ----------------------------------------------------------------------------------------------------------
+
+def ci(folder: Path, failing: str = "-", minutes: int = 60) -> tuple[int, list[str], str]:
+    """Exit code, the commands that it ran, and its last line; `failing` is the make target that fails."""
+    calls = folder / "calls"
+    for name, text in {
+        ".ci/run": (CHECKOUT / ".ci" / "run").read_text(),
+        "bin/make": f'#!/bin/sh\necho "make $*" >>{calls}\n[ "$1" != {failing} ] || exit 3\n',
+        ".venv/bin/python": f'#!/bin/sh\necho "python $*" >>{calls}\n',
+    }.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    done = subprocess.run([folder / ".ci" / "run"], text=True, capture_output=True, timeout=HANG_S, env={
+        "PATH": f"{folder / 'bin'}:/usr/bin:/bin", "MINUTES": str(minutes)})
+    return done.returncode, calls.read_text().splitlines(), done.stdout.splitlines()[-1]
+
+
+def test_the_whole_check_runs_everything_in_order(tmp_path: Path) -> None:
+    code, calls, last = ci(tmp_path)
+    assert (code, calls) == (0, ["make test", "python scripts/setup_engine.py", "make e2e", "make slow"])
+    assert last.startswith("--- all passed")
+
+
+def test_the_whole_check_stops_where_something_fails(tmp_path: Path) -> None:
+    code, calls, last = ci(tmp_path, failing="e2e")
+    assert (code, calls[-1], last) == (3, "make e2e", "--- failed (3): make e2e")
+
+
+def test_the_whole_check_has_a_bound(tmp_path: Path) -> None:
+    (tmp_path / "calls").touch()
+    assert ci(tmp_path, minutes=0) == (124, [], "--- out of time: make test")
+
+
 def test_what_is_shipped_can_be_run() -> None:
     for name in (".ci/run", "scripts/make_venv.sh"):
         assert os.access(CHECKOUT / name, os.X_OK), name
