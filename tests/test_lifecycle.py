@@ -268,7 +268,8 @@ def test_a_hung_engine_is_found_and_restarted(tmp_path: Path) -> None:
         made = daemon.create("m")
         assert daemon.call("POST", "/sim", {"hang": True}, port=made["port"]).status == 200
         told = ask(daemon, "m")
-        assert told.status == 502 and "the engine of m hangs" in told.error["message"]
+        assert (told.status, told.error["code"]) == (502, "engine_hung")
+        assert "the engine of m hangs" in told.error["message"]
         wait_until(lambda: daemon.instance(made["id"])["restarts"] == 1)
         wait_until(lambda: daemon.status_of(made["id"]) == "ready")
         after = daemon.instance(made["id"])
