@@ -1,0 +1,1 @@
+"""The whole daemon with the real engine: what no simulator can prove."""
