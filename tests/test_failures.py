@@ -1,7 +1,7 @@
 """Every way in which vLLM fails to start: status, code and a sentence that says what to do.
 
-All starts of the table run at once, as their first test asks for them.  The daemon retries what may heal, with the
-waits between two tries shortened here.
+All starts of the table run at once, as their first test asks for them.  The daemon retries what may heal, less often
+and with shorter waits between two tries than usual.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def model_of(name: str) -> str:
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     with Daemon(tmp_path_factory.mktemp("daemon"), {"VLLM_MAX_INSTANCES": "40"},
-                patch={"instances.instance.BACKOFF_LIMIT_S": 0.01}) as daemon:
+                patch={"instances.instance.BACKOFF_LIMIT_S": 0.01, "instances.instance.FAILURES_ALLOWED": 3}) as daemon:
         yield daemon
 
 
