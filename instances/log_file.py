@@ -5,6 +5,7 @@ The engine writes by itself, through a descriptor that it was started with, so i
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import logging
 import os
@@ -87,20 +88,21 @@ class LogReader:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._position = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")    # a read may cut a character in two
 
     def read(self) -> str:
-        """At most PIECE_BYTES of what is new; a character that the end cuts in two is left for the next time."""
+        """At most PIECE_BYTES of what is new."""
         try:
             with open(self._path, "rb") as file:
                 if file.seek(0, os.SEEK_END) < self._position:
                     self._position = 0      # cut by someone else: begin anew
+                    self._decoder.reset()
                 file.seek(self._position)
                 data = file.read(PIECE_BYTES)
         except OSError:
             return ""
-        whole = len(data) - _cut_character(data)
-        self._position += whole
-        return data[:whole].decode("utf-8", "replace")
+        self._position += len(data)
+        return self._decoder.decode(data)
 
     def read_rest(self) -> Iterator[str]:
         """All that is new, piece by piece: for a log whose writer has ended."""
@@ -113,13 +115,3 @@ class LogReader:
             unread = self._path.stat().st_size - self._position
             if trim_log(self._path, limit_bytes):
                 self._position = max(0, self._path.stat().st_size - max(0, unread))
-
-
-def _cut_character(data: bytes) -> int:
-    """How many bytes at the end are the beginning of a UTF-8 character; 0 when nothing else would be left."""
-    for back in range(1, min(4, len(data) - 1) + 1):
-        byte = data[-back]
-        if byte & 0xC0 != 0x80:
-            needed = 4 if byte >= 0xF0 else 3 if byte >= 0xE0 else 2 if byte >= 0xC0 else 1
-            return back if needed > back else 0
-    return 0
