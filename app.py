@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import resource
+import socket
 import sys
 import threading
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ import config
 import router as data_plane
 from errors import BadRequest, ConfigError, DaemonError, MethodNotAllowed, NotFound, Unauthorized
 from instance_manager import InstanceManager
+from instances.launcher import wait_until
 from instances.store import StateDir
 from router import Router
 from routing.upstream import ClientLeft
@@ -28,6 +30,7 @@ from web import admin, auth
 from web.server import Server, Service
 
 VERSION = "0.1.0"
+ADDRESS_WAIT_S = 2.0
 CLIENT_CLOSED_REQUEST = 499     # nginx's status for a client that left; nobody reads it
 
 log = logging.getLogger("vllm_server")
@@ -104,7 +107,7 @@ class Daemon:
     def service(self) -> Service:
         app = create_app(Deps(self.manager, self.router, self.reload))
         return Service(wsgi=app, start=self.start, stop=self.stop, reload=self.reload_and_log,
-                       streams=self.router.streams)
+                       streams=self.router.streams, close_door=self.manager.close_door)
 
     def start(self) -> None:
         self.router.start()
@@ -159,6 +162,24 @@ def raise_file_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def check_address(host: str, port: int) -> None:
+    """Leave with one clear sentence when the address is taken, waiting a little for a daemon that just ended."""
+    def problem() -> str | None:
+        try:
+            family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, kind, number) as test:
+                test.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                test.bind(address)
+                test.listen(1)
+        except OSError as error:
+            return str(error.strerror or error)
+        return None
+
+    if not wait_until(lambda: problem() is None, ADDRESS_WAIT_S, step_s=0.2):
+        sys.exit(f"vllm-server: cannot listen on {host} port {port}: {problem()}; choose another with --host and "
+                 "--port, or APP_HOST and APP_PORT")
+
+
 def banner(settings: config.Settings, address: str) -> None:
     simulated = " with a SIMULATED engine: no model is loaded" if is_simulated(settings.command) else ""
     log.info("vllm-server %s listens on %s%s", VERSION, address, simulated)
@@ -177,6 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"vllm-server: {error}")
     except OSError as error:
         sys.exit(f"vllm-server: STATE_DIR {settings.state_dir} cannot be used: {error.strerror or error}")
+    check_address(settings.host, settings.port)
     raise_file_limit()
     Server(settings, lambda: Daemon(settings, state_dir, arguments).service(),
            lambda address: banner(settings, address)).run()

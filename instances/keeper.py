@@ -29,6 +29,7 @@ STEP_S = {State.STARTING: 0.1, State.READY: 0.25, State.BACKOFF: 0.1, State.STOP
 HOUSEKEEPING_S = 5.0
 LAST_WORDS_S = 1.0          # a dying API server tells its clients within 0.1 s; then it is ended
 CUT_WAIT_S = 2.0            # for request threads to let go of a connection that was cut
+SETTLE_S = 0.5              # vLLM aborts a request 0.06 s after its client left; SIGTERM must not come sooner
 TURN_PATIENCE_S = 30.0      # a stop waits so long for another instance to be done on the same GPU
 ADOPTED_READY_S = 30.0      # an engine that served before and is silent now is restarted after so long
 DOWNLOAD_LOOK_S = 2.0
@@ -122,7 +123,7 @@ class Keeper:
             self._fail(Problem(
                 "start_timeout", f"{self._instance.spec.model} was not ready within {self._limit_s:g} s (it hung in "
                 f"phase {phase}); its log tells more, and start_timeout in the request or START_TIMEOUT gives it "
-                "longer", status=504))
+                "longer", status=504, permanent=True))
 
     def _launch(self, now: float) -> None:
         if self._registry.waits_for_old(self._instance):
@@ -152,7 +153,7 @@ class Keeper:
         self._registry.note_place(instance, plan, port)
         return resources.launcher.launch(LaunchSpec(
             instance_id=instance.id, argv=resources.command_line(instance.spec, port),
-            env=resources.engine_environment(plan.visible), log_path=Path(instance.log_path)))
+            env=resources.engine_environment(instance.spec, plan.visible), log_path=Path(instance.log_path)))
 
     def _watch_download(self, now: float) -> str:
         """The phase; while a download grows, the deadline moves on."""
@@ -289,7 +290,7 @@ class Keeper:
         """Drain, cut, SIGTERM, SIGKILL: each step only when the one before is over."""
         if self._watchdog is not None:
             self._watchdog.close()
-        if self._drains(now) or self._terminates(now):
+        if self._drains(now) or self._settles(now) or self._terminates(now):
             return
         instance = self._instance
         self._clean_up(EngineStopped(f"instance {instance.id} of {instance.spec.model} was stopped"))
@@ -309,6 +310,10 @@ class Keeper:
         self._registry.cut_leases(instance, EngineStopped(
             f"instance {instance.id} of {instance.spec.model} is being stopped ({instance.why})"))
         return instance.haste is not Haste.KILL and bool(instance.leases) and now - self._cut_at < CUT_WAIT_S
+
+    def _settles(self, now: float) -> bool:
+        """Whether the engine may still be busy with requests that were cut: SIGTERM would then hang it for ever."""
+        return self._cut_at is not None and self._instance.haste is not Haste.KILL and now - self._cut_at < SETTLE_S
 
     def _terminates(self, now: float) -> bool:
         """Whether an engine that serves is on its way out still; one that loads swallows SIGTERM and is killed."""

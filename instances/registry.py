@@ -54,15 +54,15 @@ class Registry:
     def wait(self, instance_id: str, done: Callable[[InstanceView], bool], timeout_s: float | None = None,
              gone: Callable[[], bool] = lambda: False) -> InstanceView | None:
         """Block until `done(view)`; None when the instance has gone, the time is over, or `gone()` (asked twice a
-        second) says that nobody waits any more.  Raises ShuttingDown when the daemon leaves it to the next one."""
+        second) says that nobody waits any more.  Raises ShuttingDown when the daemon ends meanwhile."""
         deadline = None if timeout_s is None else self.clock() + timeout_s
         with self._changed:
             while (instance := self._instances.get(instance_id)) is not None:
                 view = self._view(instance)
                 if done(view):
                     return view
-                if self._detaching:
-                    raise ShuttingDown(f"the daemon ends; instance {instance_id} goes on without it")
+                if self._closing:
+                    raise ShuttingDown(f"the daemon ends; nothing more is told of instance {instance_id}")
                 if (deadline is not None and self.clock() >= deadline) or gone():
                     return None
                 self._changed.wait(LOOK_S)
@@ -87,6 +87,12 @@ class Registry:
     def log_paths(self) -> list[Path]:
         with self._changed:
             return [Path(one.log_path) for one in self._instances.values()]
+
+    def close_door(self) -> None:
+        """The daemon is about to end: nothing starts any more, and who waits for an instance is told so at once."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
 
     # --- requests -------------------------------------------------------------------------------------------------
 

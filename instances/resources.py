@@ -83,11 +83,16 @@ class Resources:
         return port
 
     def command_line(self, spec: InstanceSpec, port: int) -> list[str]:
+        """The token is not in it: every user of the machine may read a command line."""
+        flags = {name: value for name, value in spec.flags.items() if name != "hf_token" or value is True}
         return [*self.settings.command, "serve", spec.model, "--host", "127.0.0.1", "--port", str(port),
-                "--served-model-name", *spec.names, *to_argv(spec.flags)]
+                "--served-model-name", *spec.names, *to_argv(flags)]
 
-    def engine_environment(self, visible_devices: str | None) -> dict[str, str]:
-        return {**self.environment, **({"CUDA_VISIBLE_DEVICES": visible_devices} if visible_devices else {})}
+    def engine_environment(self, spec: InstanceSpec, visible_devices: str | None) -> dict[str, str]:
+        """For the engine: which devices it sees, and the Hugging Face token of its own params."""
+        token = spec.flags.get("hf_token")
+        return {**self.environment, **({"CUDA_VISIBLE_DEVICES": visible_devices} if visible_devices else {}),
+                **({"HF_TOKEN": token} if isinstance(token, str) else {})}
 
     def give_back(self, instance_id: str) -> None:
         """Its processes are gone: port and devices are free."""

@@ -20,11 +20,22 @@ from typing import Any
 
 from errors import ConfigError
 from instances.instance import InstanceSpec, State
-from instances.launcher import EngineRecord
+from instances.launcher import EngineRecord, wait_until
 
 log = logging.getLogger("vllm_server.store")
 
 _ID = re.compile(r"[0-9a-f]{8,32}")
+
+
+LOCK_WAIT_S = 2.0
+
+
+def _try_lock(lock: int) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -66,16 +77,14 @@ class StateDir:
     def lock(self) -> None:
         """Take the folder for this daemon, as long as the process or a fork of it lives.
 
-        Raises ConfigError when another daemon has it.
+        Waits LOCK_WAIT_S seconds for one that was killed a moment ago; then raises ConfigError: another daemon has it.
         """
         lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not wait_until(lambda: _try_lock(lock), LOCK_WAIT_S):
             owner = os.read(lock, 32).decode(errors="replace").strip()
             os.close(lock)
             raise ConfigError("STATE_DIR", f"{self.path} is in use by another daemon (pid {owner or 'unknown'}); "
-                                           "stop it or choose another STATE_DIR") from None
+                                           "stop it or choose another STATE_DIR")
         os.truncate(lock, 0)
         os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
         self._lock = lock

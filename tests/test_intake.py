@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from web.intake import LARGE_BODY_BYTES, MAX_HEAD_BYTES, Collected, Intake, Taken
+from web.intake import KEPT_BYTES, LARGE_BODY_BYTES, MAX_HEAD_BYTES, Buffers, Collected, Intake, Taken
 
 LIMIT = 1 << 20
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -41,7 +41,8 @@ def drive(intake: Intake, data: bytes, step: int) -> list[Taken]:
 
 @given(st.integers(1, 400), st.lists(st.sampled_from([
     GET, post(b""), post(b"abc"), post(b"y" * 70_000), post(b"z" * 200_000, b"Expect: 100-continue"),
-    chunked(b"abc", b"hello"), chunked(trailers=b"A: 1\r\nB: 2\r\n"), chunked(b"\r\n0\r\n\r\n")]), min_size=1, max_size=5))
+    chunked(b"abc", b"hello"), chunked(trailers=b"A: 1\r\nB: 2\r\n"), chunked(b"\r\n0\r\n\r\n")]),
+    min_size=1, max_size=5))
 def test_any_cut_gives_the_same_requests(thousandths: int, requests: list[bytes]) -> None:
     data = b"".join(requests)
     step = max(1, len(data) * thousandths // 1000)
@@ -121,3 +122,24 @@ def test_a_collected_body_is_read_like_any_file_and_taken_whole() -> None:
     whole = Collected(b"abc")
     assert whole.take() == b"abc"
     assert whole.read(1024) == b""      # a server that discards what is left finds nothing
+
+
+def test_the_place_of_a_large_body_is_used_again() -> None:
+    buffers = Buffers()
+    places = []
+    for fill in (b"a", b"b"):
+        intake = Intake(LIMIT, buffers)
+        [taken] = drive(intake, post(fill * 100_000), 4096)
+        assert bytes(taken.body) == fill * 100_000
+        assert taken.place is not None
+        places.append(id(taken.place))
+        buffers.give_back(taken.place)
+    assert places[0] == places[1]
+
+
+def test_places_are_kept_within_a_bound_and_not_given_to_much_smaller_bodies() -> None:
+    buffers = Buffers()
+    for _ in range(10):
+        buffers.give_back(bytearray(KEPT_BYTES // 4))
+    assert sum(map(len, buffers._free)) <= KEPT_BYTES
+    assert len(buffers.take(LARGE_BODY_BYTES)) < KEPT_BYTES // 4

@@ -32,7 +32,7 @@ from gunicorn.workers.gthread import TConn, ThreadWorker
 
 from config import Settings
 from errors import BadRequest, DaemonError, TooLarge
-from web.intake import CONTINUE, Collected, Intake
+from web.intake import CONTINUE, Buffers, Collected, Intake, Taken
 from web.threads import LOOK_S, Threads
 
 log = logging.getLogger("vllm_server.http")
@@ -72,11 +72,13 @@ class Parked:
 class Service:
     """What the worker process runs: made in it, after the fork.
 
-    `stop` gets `hurry` and `alive` callbacks; `streams` counts connections that relays carry.
+    `close_door` turns away who waits for a model, `stop` ends it all; it gets `hurry` and
+    `alive` callbacks.  `streams` counts connections that relays carry.
     """
 
     wsgi: Wsgi
     start: Callable[[], None]
+    close_door: Callable[[], None]
     stop: Callable[[Callable[[], bool], Callable[[], None]], None]
     reload: Callable[[], None]
     streams: Callable[[], int]
@@ -130,9 +132,9 @@ class Master(Arbiter):
 class Connection(TConn):
     """A client's connection, with the request it is sending."""
 
-    def __init__(self, cfg: Any, sock: socket.socket, client: Any, server: Any, max_body_bytes: int) -> None:
+    def __init__(self, cfg: Any, sock: socket.socket, client: Any, server: Any, intake: Intake) -> None:
         super().__init__(cfg, sock, client, server)
-        self.intake = Intake(max_body_bytes)
+        self.intake = intake
 
 
 class Worker(ThreadWorker):
@@ -149,6 +151,7 @@ class Worker(ThreadWorker):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._parked: dict[socket.socket, Parked] = {}
+        self._buffers = Buffers()
         self._threads: Threads[Connection] = Threads(self.cfg.threads, self._serve)
         self.max_keepalived = self.worker_connections
 
@@ -215,7 +218,7 @@ class Worker(ThreadWorker):
                     raise
                 return
             connection = Connection(self.cfg, client, address, listener.getsockname(),
-                                    self.settings.max_request_bytes)
+                                    Intake(self.settings.max_request_bytes, self._buffers))
             self.nr_conns += 1
             self._receive(connection, parked=None)
             if self.nr_conns >= self.worker_connections:
@@ -337,9 +340,13 @@ class Worker(ThreadWorker):
     # --- one request, on a thread of its own ------------------------------------------------------------------------
 
     def _serve(self, conn: Connection) -> None:
-        self.method_queue.defer(self._finish, conn, self.handle(conn))
+        taken = conn.intake.take()
+        keep = self._answer(conn, taken)
+        if taken.place is not None:
+            self._buffers.give_back(taken.place)
+        self.method_queue.defer(self._finish, conn, keep)
 
-    def handle(self, conn: Connection) -> bool:
+    def _answer(self, conn: Connection, taken: Taken) -> bool:
         """Whether the connection may be used again."""
         request = None
         try:
@@ -347,13 +354,12 @@ class Worker(ThreadWorker):
             conn.sock.settimeout(SEND_TIMEOUT_S)
             conn.init()
             conn.sock.settimeout(SEND_TIMEOUT_S)
-            taken = conn.intake.take()
             conn.parser.unreader.unread(taken.head)
             request = next(conn.parser)
             if taken.too_large:
                 raise TooLarge(f"the body is larger than MAX_REQUEST_BYTES ({self.settings.max_request_bytes}) allows")
             if taken.broken is not None:
-                raise http_errors.InvalidChunkSize(taken.broken.encode())
+                raise BadRequest(f"the body cannot be read: {taken.broken}", code="invalid_chunk")
             request.body = Collected(taken.body)
             keep: bool = self.handle_request(request, conn)
             return keep and taken.whole
@@ -388,6 +394,7 @@ class Worker(ThreadWorker):
 
     def _drain(self) -> None:
         """Accept nothing more, let requests in flight finish, up to the grace time."""
+        self.service.close_door()
         self.set_accept_enabled(False)
         for listener in self.sockets:
             listener.close()
