@@ -39,20 +39,36 @@ from routing.client_watch import ClientWatch, Watched
 from routing.relay import RelayStream, TakenOver, may_be_taken_over, take_over
 from routing.relay_process import Relays
 from routing.tunnel import handshake, open_tunnel, wants_upgrade
-from routing.upstream import ClientLeft, ConnectionRefused, Exchange, Upstream, request_headers, response_headers
+from routing.upstream import (
+    BODYLESS,
+    ClientLeft,
+    ConnectionRefused,
+    Exchange,
+    Upstream,
+    request_headers,
+    response_headers,
+)
 
 PICKS = 20                  # picks that may end in NotReady or a refused connection before the client is told
 LOOK_S = 0.5                # how often a waiting request looks whether its client is still there
 VERDICT_S = 1.0             # how long a broken request waits for the keeper to say why
 RESPONSES_REMEMBERED = 10_000
-BODYLESS = frozenset({204, 304})
 _RESPONSE_ID = re.compile(rb'"id"\s*:\s*"(resp_[\w-]{1,128})"')
 
 
 class EngineResponse(Response):
-    """The engine's own headers, with no content type added."""
+    """The engine's own headers, with none added."""
 
     default_mimetype = None
+    automatically_set_content_length = False    # of an empty body: the engine's answer to HEAD may have another one
+
+    def __call__(self, environ: Any, start_response: Any) -> Any:
+        """Gives back what the body holds if the server refuses the head: nobody would iterate or close it then."""
+        try:
+            return super().__call__(environ, start_response)
+        except BaseException:
+            self.close()
+            raise
 
 
 class Router:
@@ -236,7 +252,7 @@ class Router:
                                   direct_passthrough=True)
         if incoming.method == "HEAD" or upstream.status in BODYLESS:
             response.response = []
-            stream.close()
+            stream.end_without_body()
         return response
 
     def _relayed(self, incoming: Request, upstream: urllib3.HTTPResponse, exchange: Exchange, lease: Lease,

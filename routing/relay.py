@@ -6,6 +6,7 @@ back in `close()`, exactly once, however the exchange ends: a generator that nev
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import socket
@@ -22,7 +23,7 @@ from routing.client_watch import Watched
 from routing.framing import CHUNKED, EOF
 from routing.relay_process import Relays, RelayUnavailable
 from routing.relay_wire import RELAY_DIED, UPSTREAM_CUT, Ended
-from routing.upstream import Exchange, response_headers, upstream_errors
+from routing.upstream import BODYLESS, Exchange, response_headers, upstream_errors
 
 log = logging.getLogger("vllm_server.relay")
 
@@ -35,7 +36,8 @@ class RelayStream:
     """The body as WSGI iterates over it.  `on_bytes` sees the first piece (to learn a response id).
 
     When the engine dies in the middle, the client sees the cut: the connection closes before the body's end.  An
-    event stream gets one last event that says why, if the cut falls between two events.
+    event stream gets one last event that says why, if the cut falls between two events.  Before its first byte the
+    error itself is raised, and the server answers with that.
     """
 
     def __init__(self, response: urllib3.HTTPResponse, exchange: Exchange, lease: Lease, watched: Watched,
@@ -54,6 +56,13 @@ class RelayStream:
     def __iter__(self) -> Iterator[bytes]:
         return self._pieces
 
+    def end_without_body(self) -> None:
+        """There is none: the connection is good for the next request."""
+        with contextlib.suppress(DaemonError), upstream_errors():
+            self._response.read(decode_content=False)   # of nothing: http.client wants to be asked
+            self._complete = not self._exchange.aborted
+        self.close()
+
     def close(self) -> None:
         if self._closed:
             return
@@ -70,9 +79,11 @@ class RelayStream:
             self._lease.release(ok=self._complete)
 
     def _read(self) -> Iterator[bytes]:
+        begun = False
         try:
             with upstream_errors():
                 for piece in self._upstream_pieces():
+                    begun = True
                     if self._on_first is not None:
                         self._on_first(piece)
                         self._on_first = None
@@ -80,6 +91,8 @@ class RelayStream:
                     yield piece
             self._complete = not self._exchange.aborted
         except DaemonError as error:
+            if not begun and not self._watched.gone:
+                raise self._lease.cut_error or error from None
             if not self._watched.gone:
                 yield from self._last_words(self._lease.cut_error or error)
         if not self._complete:
@@ -117,7 +130,7 @@ def may_be_taken_over(method: str, protocol: str, response: urllib3.HTTPResponse
     a connection that stays usable.
     """
     return method != "HEAD" and protocol == "HTTP/1.1" and response.status >= 200 \
-        and response.status not in (204, 304) and "content-length" not in response.headers
+        and response.status not in BODYLESS and "content-length" not in response.headers
 
 
 def take_over(relays: Relays, client: socket.socket, response: urllib3.HTTPResponse, exchange: Exchange, lease: Lease,

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from socket import SHUT_RDWR
 from socket import socket as Socket
-from typing import Any
+from typing import Any, TypeVar
 
 import requests
 import urllib3
@@ -24,10 +24,12 @@ from urllib3.connectionpool import HTTPConnectionPool
 from urllib3.util import SKIP_HEADER
 
 from errors import DaemonError, UpstreamError, UpstreamTimeout
+from routing.response_head import BadHead, read_head
 
 IDLE_LIMIT_S = 4.0      # the engine closes a connection that idles for 5 s (uvicorn); never be the second to know
 CONNECT_TIMEOUT_S = 10.0
 POOLS = 1024            # one a backend
+BODYLESS = frozenset({204, 304})
 
 HOP_BY_HOP = frozenset({
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
@@ -51,17 +53,22 @@ class ConnectionRefused(UpstreamError):
 
 
 class Exchange:
-    """One request to one engine, which any thread may `abort`."""
+    """One request to one engine, which any thread may `abort`.
+
+    `stale`: the connection may have been closed before the request reached it: it was a used one, and nothing of an
+    answer came.  `fresh`: only a new connection will do.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._socket: Socket | None = None
         self.aborted = False
-        self.reused = False
+        self.fresh = False
+        self.stale = False
 
     def attach(self, sock: Socket, *, reused: bool) -> None:
         with self._lock:
-            self._socket, self.reused = sock, reused
+            self._socket, self.stale = sock, reused
             aborted = self.aborted
         if aborted:
             _shut(sock)
@@ -95,8 +102,33 @@ class _Current(threading.local):
 _current = _Current()
 
 
+class _Answer(http.client.HTTPResponse):
+    """What http.client makes of a head, but for the reading of it."""
+
+    fp: Any
+    _method: str
+
+    def begin(self) -> None:
+        if self.headers is not None:
+            return
+        if self.fp.peek(1) and _current.exchange is not None:
+            _current.exchange.stale = False
+        head = read_head(self.fp)
+        self.code = self.status = head.status
+        self.reason, self.version = head.reason, 10 + head.minor
+        message = http.client.HTTPMessage()
+        for name, value in head.headers:
+            message.set_raw(name, value)
+        self.headers = self.msg = message
+        bodyless = head.status in BODYLESS or self._method == "HEAD"
+        self.chunked, self.chunk_left = head.chunked and not bodyless, None
+        self.length = 0 if bodyless else head.length
+        self.will_close = head.closes or (self.length is None and not head.chunked)
+
+
 class _Connection(HTTPConnection):
     idle_since = 0.0
+    response_class = _Answer
 
     def connect(self) -> None:
         super().connect()
@@ -110,10 +142,11 @@ class _Pool(HTTPConnectionPool):
     def _get_conn(self, timeout: float | None = None) -> Any:
         connection = super()._get_conn(timeout)
         if isinstance(connection, _Connection) and connection.sock is not None:
-            if time.monotonic() - connection.idle_since > IDLE_LIMIT_S:
+            exchange = _current.exchange
+            if time.monotonic() - connection.idle_since > IDLE_LIMIT_S or (exchange is not None and exchange.fresh):
                 connection.close()
-            elif _current.exchange is not None:
-                _current.exchange.attach(connection.sock, reused=True)
+            elif exchange is not None:
+                exchange.attach(connection.sock, reused=True)
         return connection
 
     def _put_conn(self, conn: Any) -> None:
@@ -142,8 +175,8 @@ class Upstream:
              timeout_s: float) -> urllib3.HTTPResponse:
         """The answer with its head read and its body not.  Blocks up to `timeout_s` seconds for the head.
 
-        A pooled connection that the engine had closed meanwhile is tried once more on a fresh one.  Raises
-        ConnectionRefused when nothing was sent, else UpstreamError or UpstreamTimeout.
+        A pooled connection that the engine had closed meanwhile is tried once more on a fresh one, but never once
+        an answer has begun.  Raises ConnectionRefused when nothing was sent, else UpstreamError or UpstreamTimeout.
         """
         request = requests.PreparedRequest()
         request.method, request.url = method, url
@@ -154,10 +187,10 @@ class Upstream:
             with upstream_errors():
                 try:
                     return self._send(request, timeout_s)
-                except requests.ConnectionError:
-                    if not exchange.reused or exchange.aborted:
+                except requests.ConnectionError as error:
+                    if not exchange.stale or exchange.aborted or _cause(error, BadHead):
                         raise
-                    return self._send(request, timeout_s)
+                return self._send_again(exchange, request, timeout_s)
         finally:
             _current.exchange = None
 
@@ -165,8 +198,33 @@ class Upstream:
         response: Any = self._adapter.send(request, stream=True, timeout=(CONNECT_TIMEOUT_S, timeout_s), proxies={})
         return response  # type: ignore[no-any-return]
 
+    def _send_again(self, exchange: Exchange, request: requests.PreparedRequest,
+                    timeout_s: float) -> urllib3.HTTPResponse:
+        exchange.fresh = True
+        try:
+            return self._send(request, timeout_s)
+        except requests.ConnectionError as error:
+            if _cause(error, urllib3.exceptions.NewConnectionError):
+                # It may have been this request that killed the engine: not to be tried on another one.
+                raise UpstreamError("the engine closed the connection before it answered") from error
+            raise
+
     def close(self) -> None:
         self._adapter.close()
+
+
+Cause = TypeVar("Cause", bound=BaseException)
+
+
+def _cause(error: BaseException, kind: type[Cause]) -> Cause | None:
+    """The exception of this kind that requests and urllib3 have wrapped, in `reason` or in `args`."""
+    inner = [getattr(error, "reason", None), *error.args]
+    for one in inner:
+        if isinstance(one, kind):
+            return one
+        if isinstance(one, BaseException) and (found := _cause(one, kind)) is not None:
+            return found
+    return None
 
 
 @contextlib.contextmanager
@@ -179,9 +237,10 @@ def upstream_errors() -> Iterator[None]:
     except (requests.ConnectTimeout, requests.ReadTimeout, urllib3.exceptions.ReadTimeoutError) as error:
         raise UpstreamTimeout("the engine did not answer in time (REQUEST_TIMEOUT)") from error
     except requests.ConnectionError as error:
-        reason = getattr(error.args[0], "reason", None) if error.args else None
-        if isinstance(reason, urllib3.exceptions.NewConnectionError):
+        if _cause(error, urllib3.exceptions.NewConnectionError) is not None:
             raise ConnectionRefused("the engine takes no connections") from error
+        if (bad := _cause(error, BadHead)) is not None:
+            raise UpstreamError(f"the engine's answer is not valid HTTP: {bad}", code="bad_answer") from error
         raise UpstreamError("the engine closed the connection before it answered") from error
     except (requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException, OSError) as error:
         raise UpstreamError(f"the connection to the engine broke ({type(error).__name__})") from error

@@ -417,13 +417,10 @@ def test_an_answer_comes_back_as_it_was(echo: Daemon, answer: str) -> None:
     assert received == (b"abcde" if "chunked" in answer else body.encode("latin-1"))
 
 
-HALF_A_HEAD = pytest.mark.xfail(strict=True, reason=(
-    "routing/upstream.py: http.client takes the connection's end for the head's, so that half of a head is a good "
-    "answer with an empty body; vLLM's answers always have a length or chunks, unless they say Connection: close"))
 BROKEN = [
     pytest.param("", id="nothing at all"), pytest.param("SSH-2.0-x\r\n\r\n", id="no HTTP"),
-    pytest.param("HTTP/1.1 200 OK\r\nContent-Le", id="half of a head", marks=HALF_A_HEAD),
-    pytest.param("HTTP/1.1 200 OK\r\nX-Own: 1\r\n", id="a head without its end", marks=HALF_A_HEAD)]
+    pytest.param("HTTP/1.1 200 OK\r\nContent-Le", id="half of a head"),
+    pytest.param("HTTP/1.1 200 OK\r\nX-Own: 1\r\n", id="a head without its end")]
 
 
 @pytest.mark.parametrize("answer", BROKEN)

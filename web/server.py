@@ -16,6 +16,7 @@ import queue
 import selectors
 import signal
 import socket
+import struct
 import sys
 import threading
 import time
@@ -54,7 +55,8 @@ LINGER_BYTES = 1 << 20
 CLIENT_GONE = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.EBADF})
 OUT_OF_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 STATUS_NAMES = {400: "Bad Request", 413: "Content Too Large", 417: "Expectation Failed",
-                431: "Request Header Fields Too Large", 500: "Internal Server Error", 501: "Not Implemented"}
+                431: "Request Header Fields Too Large", 500: "Internal Server Error", 501: "Not Implemented",
+                502: "Bad Gateway", 503: "Service Unavailable", 504: "Gateway Timeout"}
 
 
 @dataclass(eq=False)
@@ -368,6 +370,8 @@ class Worker(ThreadWorker):
         except OSError as error:
             if error.errno not in CLIENT_GONE and not isinstance(error, TimeoutError):
                 log.exception("a connection failed")
+            if request is not None and request.version < (1, 1):
+                _reset(conn.sock)
             return False
         except Exception as error:
             self.handle_error(request, conn.sock, conn.client, error)
@@ -405,6 +409,13 @@ class Worker(ThreadWorker):
         while self.nr_conns + self.service.streams() > 0 and time.monotonic() < deadline and not self.hurry:
             self.notify()
             self._round(0.2)
+
+
+def _reset(client: socket.socket) -> None:
+    """Close so that it shows: to HTTP/1.0 the plain end of a connection is the good end of a body."""
+    with contextlib.suppress(OSError):
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
 
 
 class Server(BaseApplication):
