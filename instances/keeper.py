@@ -123,7 +123,7 @@ class Keeper:
             self._fail(Problem(
                 "start_timeout", f"{self._instance.spec.model} was not ready within {self._limit_s:g} s (it hung in "
                 f"phase {phase}); its log tells more, and start_timeout in the request or START_TIMEOUT gives it "
-                "longer", status=504, permanent=True))
+                "longer", status=504, permanent=not self._served))
 
     def _launch(self, now: float) -> None:
         if self._registry.waits_for_old(self._instance):

@@ -380,7 +380,7 @@ def test_a_request_that_waits_keeps_it_wanted(world: World) -> None:
 
 def test_a_lease_and_a_stop_never_both_win(world: World) -> None:
     """Whoever comes first: a request with a lease is let finish, or it gets no lease."""
-    for _ in range(200):
+    for _ in range(50):
         view, _ = world.ready()
         start, got = threading.Barrier(2), []
 

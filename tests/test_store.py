@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ RECORD = Record(
 
 
 @pytest.fixture
-def state(tmp_path: Path) -> StateDir:
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StateDir:
+    monkeypatch.setattr(store_module, "LOCK_WAIT_S", 0.0)
     return StateDir(tmp_path / "state")
 
 
@@ -184,3 +186,17 @@ def test_the_folder_is_free_when_its_daemon_is_killed(state: StateDir) -> None:
         other.wait()
     state.lock()
     state.unlock()
+
+
+def test_a_daemon_that_was_killed_a_moment_ago_is_waited_for(state: StateDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last of its processes may take some time to die."""
+    monkeypatch.setattr(store_module, "LOCK_WAIT_S", 120.0)
+    state.lock()
+    taken, later = threading.Event(), StateDir(state.path)
+    waiting = threading.Thread(target=lambda: (later.lock(), taken.set()))
+    waiting.start()
+    assert not taken.is_set()
+    state.unlock()
+    waiting.join()
+    assert taken.is_set()
+    later.unlock()
