@@ -177,6 +177,7 @@ class Instance:
     leases: set[Lease] = field(default_factory=set)
     waiting: int = 0                    # requests that wait for it to become ready
     last_success: float = 0.0           # monotonic: when the engine last answered a request
+    last_broken: float | None = None    # monotonic: when a request was last broken off, by whomever
     failures: deque[float] = field(default_factory=deque)   # those within FAILURE_WINDOW_S
     failures_in_a_row: int = 0          # since it last served for as long as that
     restarts: int = 0

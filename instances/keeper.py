@@ -29,7 +29,7 @@ STEP_S = {State.STARTING: 0.1, State.READY: 0.25, State.BACKOFF: 0.1, State.STOP
 HOUSEKEEPING_S = 5.0
 LAST_WORDS_S = 1.0          # a dying API server tells its clients within 0.1 s; then it is ended
 CUT_WAIT_S = 2.0            # for request threads to let go of a connection that was cut
-SETTLE_S = 0.5              # vLLM aborts a request 0.06 s after its client left; SIGTERM must not come sooner
+SETTLE_S = 0.5              # vLLM aborts a request 0.06 s after its client has left; SIGTERM must not come sooner
 TURN_PATIENCE_S = 30.0      # a stop waits so long for another instance to be done on the same GPU
 ADOPTED_READY_S = 30.0      # an engine that served before and is silent now is restarted after so long
 DOWNLOAD_LOOK_S = 2.0
@@ -312,8 +312,10 @@ class Keeper:
         return instance.haste is not Haste.KILL and bool(instance.leases) and now - self._cut_at < CUT_WAIT_S
 
     def _settles(self, now: float) -> bool:
-        """Whether the engine may still be busy with requests that were cut: SIGTERM would then hang it for ever."""
-        return self._cut_at is not None and self._instance.haste is not Haste.KILL and now - self._cut_at < SETTLE_S
+        """Whether the engine may still be busy with requests that were broken off: SIGTERM would hang it for ever."""
+        if self._instance.haste is Haste.KILL or not self._served:
+            return False
+        return any(at is not None and now - at < SETTLE_S for at in (self._cut_at, self._instance.last_broken))
 
     def _terminates(self, now: float) -> bool:
         """Whether an engine that serves is on its way out still; one that loads swallows SIGTERM and is killed."""

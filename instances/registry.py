@@ -298,6 +298,8 @@ class Registry:
             instance.last_used = self.clock()
             if ok:
                 instance.last_success = instance.last_used
+            else:
+                instance.last_broken = instance.last_used
             drained = instance.state is State.STOPPING and not instance.leases
         if drained:
             self._wake(lease.instance_id)

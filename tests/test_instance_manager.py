@@ -96,7 +96,7 @@ def test_replace_drains_the_old_one_before_the_new_one_starts(world: World) -> N
     assert (world.view(old).state, world.view(new).state) == (State.STOPPING, State.STARTING)
     world.step(0.1, times=5)
     assert world.view(new).phase == "waiting_for_old_instance" and engine.alive
-    lease.release()
+    lease.release(ok=True)
     world.step(times=6)
     assert world.view(new).pid == world.engine(new).pid
     assert world.events.index(f"{old.id} KILL") < world.events.index(f"{new.id} launched")

@@ -548,6 +548,16 @@ def test_who_does_not_let_go_of_a_cut_connection_holds_it_up_two_seconds(world: 
     world.assert_nothing_left()
 
 
+def test_a_client_that_left_a_moment_ago_is_still_in_the_engines_way(world: World) -> None:
+    view, _ = world.ready()
+    world.manager.lease(view.id).release(ok=False)
+    world.manager.stop(view.id)
+    world.step(0.4)
+    assert "TERM" not in world.events_of(view)
+    world.step(0.2)
+    assert world.events_of(view)[-1] == "TERM"
+
+
 def test_force_cuts_and_kills_at_once(world: World) -> None:
     view, _ = world.ready()
     codes = cut_of(world.manager.lease(view.id))
