@@ -18,7 +18,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from errors import ManagerError
@@ -53,12 +53,17 @@ class LaunchSpec:
 
 @dataclass(frozen=True)
 class EngineRecord:
-    """What must be on disk to find an engine again, or to end what is left of it."""
+    """What must be on disk to find an engine again, or to end what is left of it.
+
+    `shared_memory`: its files in /dev/shm, known once it is ready.  When all of its processes are dead, nothing else
+    tells whose they are.
+    """
 
     pid: int
     started_ticks: int
     boot_id: str
     run_dir: str
+    shared_memory: tuple[str, ...] = ()
 
 
 class LaunchError(ManagerError):
@@ -85,7 +90,6 @@ class Engine:
         self._leader = Process(pid=record.pid, parent=0, session=record.pid,
                                started_ticks=record.started_ticks, zombie=False)
         self._core: list[Process] = []
-        self._shared_memory: set[str] = set()
 
     @property
     def pid(self) -> int:
@@ -109,12 +113,14 @@ class Engine:
         return sockets.listener(port, self.pids())
 
     def watch_core(self) -> None:
-        """Remember the processes behind the API server (EngineCore, workers), as they are once it is ready."""
+        """Remember the processes behind the API server (EngineCore, workers), and their files in /dev/shm, as they are
+        once it is ready."""
         members = processes.session_members(self.pid)
         others = [member for member in members if member.pid != self.pid]
         self._core = [member for member in others if has_title(member.pid, self.instance_id)] or [
             member for member in others if "multiprocessing.spawn" in processes.command_line(member.pid)]
-        self._shared_memory = processes.shared_memory_files(member.pid for member in members)
+        files = processes.shared_memory_files(member.pid for member in members)
+        self.record = replace(self.record, shared_memory=tuple(sorted(files)))
 
     def dead_core(self) -> int | None:
         """The pid of an engine process that has died, if one has: the API server would notice only seconds later."""
@@ -130,8 +136,7 @@ class Engine:
         True when no process of it is left.
         """
         members = self._members()
-        # Once its processes are dead nobody can tell their files any more: what they had when it became ready counts.
-        files = self._shared_memory | processes.shared_memory_files(member.pid for member in members)
+        files = {*self.record.shared_memory} | processes.shared_memory_files(member.pid for member in members)
         gone = not members or processes.kill_session(self.pid, wait=self._wait)
         if self._child is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -107,8 +107,8 @@ def shared_memory_files(pids: Iterable[int]) -> set[str]:
 
 
 def remove_shared_memory(files: Iterable[str]) -> None:
-    """Those of these files that are there still and nobody uses."""
-    left = {name for name in files if Path(name).exists()}
+    """Those of these SHARED_MEMORY files that are there still and nobody uses."""
+    left = {name for name in files if SHARED_MEMORY.fullmatch(name) and Path(name).exists()}
     if left:
         for name in left - shared_memory_files(process.pid for process in all_processes()):
             with contextlib.suppress(OSError):

@@ -149,7 +149,8 @@ def _record(data: Mapping[str, Any]) -> Record:
                           timeout_s=float(spec["timeout_s"]), start_timeout_s=float(spec["start_timeout_s"])),
         engine=None if engine is None else EngineRecord(
             pid=_pid(engine["pid"]), started_ticks=_whole(engine["started_ticks"]),
-            boot_id=_text(engine["boot_id"]), run_dir=_text(engine["run_dir"])))
+            boot_id=_text(engine["boot_id"]), run_dir=_text(engine["run_dir"]),
+            shared_memory=tuple(map(_text, engine["shared_memory"]))))
 
 
 def _whole(value: Any) -> int:

@@ -255,7 +255,8 @@ def test_the_resource_tracker_is_spared_and_cleans_up(tree: Tree, monkeypatch: p
     assert tree.nothing_left(engine)
 
 
-def test_shared_memory_is_removed_where_no_tracker_is_left(tree: Tree) -> None:
+@pytest.mark.parametrize("later", [False, True])
+def test_shared_memory_is_removed_where_no_tracker_is_left(tree: Tree, later: bool) -> None:
     """Everything was killed, by the kernel for want of memory, say."""
     engine = tree.launch("shared", ready=2)
     block = Path("/dev/shm") / tree.told("memory")
@@ -266,7 +267,11 @@ def test_shared_memory_is_removed_where_no_tracker_is_left(tree: Tree) -> None:
                 os.kill(pid, signal.SIGKILL)
     wait_until(lambda: not engine.pids())
     assert block.exists()
-    assert engine.destroy()
+    if later:       # by a daemon that was not there when it died
+        assert tree.launcher.find(ID, engine.record, tree.log_path) is None
+        tree.launcher.end_remains(ID, engine.record)
+    else:
+        assert engine.destroy()
     assert not block.exists()
 
 
@@ -281,6 +286,9 @@ def test_only_files_that_engines_make_are_removed(tree: Tree) -> None:
         engine = tree.launch("maps", *map(str, (model, inside, used, left)))
         assert engine.destroy()
         assert [path.exists() for path in (model, inside, used, left)] == [True, True, True, False]
+        edited = replace(engine.record, shared_memory=(str(model), str(inside), str(used), "/etc/hostname"))
+        tree.launcher.end_remains(ID, edited)
+        assert model.exists() and inside.exists() and used.exists() and Path("/etc/hostname").exists()
 
 
 # --- watching ---------------------------------------------------------------------------------------------------------

@@ -25,7 +25,8 @@ RECORD = Record(
     spec=InstanceSpec(
         model="org/model", names=("chat", "org/model"), flags={"max_model_len": 2048, "x": [1, {"y": None}]},
         params={"max_model_len": 2048}, timeout_s=600.0, start_timeout_s=60.0),
-    engine=EngineRecord(pid=4711, started_ticks=99, boot_id="boot", run_dir="/tmp/vllm-server-x"))
+    engine=EngineRecord(pid=4711, started_ticks=99, boot_id="boot", run_dir="/tmp/vllm-server-x",
+                        shared_memory=("/dev/shm/psm_1",)))
 
 
 @pytest.fixture
@@ -107,7 +108,8 @@ def _text() -> str:
         "id": RECORD.id, "spec": {"model": "org/model", "names": ["org/model"], "flags": {}, "params": {},
                                   "timeout_s": 1, "start_timeout_s": 1},
         "state": "ready", "created_at": 1, "port": 9000, "devices": [0], "restarts": 0,
-        "engine": {"pid": 4711, "started_ticks": 1, "boot_id": "b", "run_dir": "/tmp/x"}})
+        "engine": {"pid": 4711, "started_ticks": 1, "boot_id": "b", "run_dir": "/tmp/x",
+                   "shared_memory": []}})
 
 
 @pytest.mark.parametrize("text", [
@@ -117,7 +119,7 @@ def _text() -> str:
     changed(spec=[]), changed(spec__model=None), changed(spec__names=[1]), changed(spec__flags=[]),
     changed(spec__timeout_s="never"), changed(engine=[]), changed(engine={}), changed(engine__pid="4711"),
     changed(engine__pid=1), changed(engine__pid=0), changed(engine__pid=-1), changed(engine__started_ticks=None),
-    changed(engine__run_dir=None)])
+    changed(engine__run_dir=None), changed(engine__shared_memory=None), changed(engine__shared_memory=[1])])
 def test_a_record_that_cannot_be_read_is_set_aside_and_named(state: StateDir, text: str) -> None:
     state.save(replace(RECORD, id="aaaaaaaa"))
     path_of(state).write_text(text)
