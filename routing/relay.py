@@ -12,7 +12,7 @@ import logging
 import socket
 from collections.abc import Callable, Iterator
 from email.utils import formatdate
-from typing import Any
+from typing import Any, BinaryIO
 
 import orjson
 import urllib3
@@ -20,7 +20,7 @@ import urllib3
 from errors import DaemonError, EngineDied, UpstreamError
 from instances.instance import Lease
 from routing.client_watch import Watched
-from routing.framing import CHUNKED, EOF
+from routing.framing import CHUNKED, EOF, LINE_LIMIT
 from routing.relay_process import Relays, RelayUnavailable
 from routing.relay_wire import RELAY_DIED, UPSTREAM_CUT, Ended
 from routing.upstream import BODYLESS, Exchange, response_headers, upstream_errors
@@ -29,6 +29,7 @@ log = logging.getLogger("vllm_server.relay")
 
 READ_BYTES = 1 << 16
 SSE = "text/event-stream"
+CUT = "the engine closed the connection in the middle of its answer"
 CUT_MESSAGE = orjson.dumps(EngineDied("the engine died in the middle of its answer").envelope())
 
 
@@ -102,18 +103,54 @@ class RelayStream:
     def _upstream_pieces(self) -> Iterator[bytes]:
         response = self._response
         if response.chunked:
-            yield from response.read_chunked(decode_content=False)
+            yield from read_chunks(response._fp.fp)  # type: ignore[union-attr]
+            response._fp.close()  # type: ignore[union-attr]  # http.client then knows that this answer is over
         else:
             while piece := response.read1(READ_BYTES, decode_content=False):
                 yield piece
             # urllib3 checks the length in read() and stream(), not in read1().
             if response.length_remaining not in (None, 0):
-                raise UpstreamError("the engine closed the connection in the middle of its answer")
+                raise UpstreamError(CUT)
 
     def _last_words(self, error: DaemonError) -> Iterator[bytes]:
         log.warning("an answer of instance %s was cut: %s", self._lease.instance_id, error.message)
         if self._events and self._between_events:
             yield error_event(error)
+
+
+def read_chunks(file: BinaryIO) -> Iterator[bytes]:
+    """The data of a chunked body as it comes; the trailers are dropped.  Raises UpstreamError where it is cut.
+
+    Not urllib3's: that takes a size line without its end for a whole one, so that a cut after its first zero is an end.
+    """
+    while size := _chunk_size(_line(file)):
+        while size > 0:
+            piece = file.read1(min(size, READ_BYTES))  # type: ignore[attr-defined]
+            if not piece:
+                raise UpstreamError(CUT)
+            size -= len(piece)
+            yield piece
+        if _line(file).strip():
+            raise UpstreamError("a chunk of the engine's answer is longer than it says")
+    while _line(file).strip():
+        pass
+
+
+def _line(file: BinaryIO) -> bytes:
+    line = file.readline(LINE_LIMIT)
+    if not line.endswith(b"\n"):
+        raise UpstreamError(CUT)
+    return line
+
+
+def _chunk_size(line: bytes) -> int:
+    digits = line.partition(b";")[0].strip()
+    try:
+        if digits.isalnum():    # neither a sign nor an underscore, which int would take
+            return int(digits, 16)
+    except ValueError:
+        pass
+    raise UpstreamError(f"the engine's answer is not chunked as it says: {line[:40]!r}", code="bad_answer")
 
 
 class TakenOver:
