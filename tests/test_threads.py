@@ -71,3 +71,16 @@ def test_a_backlog_that_moves_adds_nobody() -> None:
     blocked.gate.set()
     wait_until(lambda: blocked.done == CORE * 3)
     end(blocked.threads)
+
+
+def test_idle_threads_that_have_not_got_the_processor_yet_are_not_added_to() -> None:
+    blocked = Blocked(most=200)
+    blocked.gate.set()
+    for job in range(CORE):
+        blocked.threads.submit(job)
+    wait_until(lambda: blocked.done == CORE and blocked.threads._idle == blocked.threads.count)
+    before = blocked.threads.count
+    blocked.threads.submit(1)
+    blocked.threads.grow(1.0)
+    assert blocked.threads.count <= max(before, CORE)
+    end(blocked.threads)

@@ -17,6 +17,7 @@ Job = TypeVar("Job")
 CORE = 16               # threads that are started without looking
 LOOK_S = 0.02           # how often a backlog is looked at
 FEW = 1                 # requests taken up between two looks: no more than this means blocked
+IDLE_S = 30.0           # a thread past the core that had nothing to do for so long ends
 
 
 class Threads(Generic[Job]):
@@ -53,8 +54,9 @@ class Threads(Generic[Job]):
         self._looked_at = now
         with self._lock:
             taken, self._taken = self._taken, 0
-        if taken <= FEW and self.backlog():
-            for _ in range(min(max(1, self._count // 8), self._jobs.qsize())):
+            missing = self._jobs.qsize() - self._idle   # an idle one may only not have got the processor yet
+        if taken <= FEW:
+            for _ in range(min(max(1, self._count // 8), missing)):
                 self._start()
 
     def shut_down(self) -> None:
@@ -64,14 +66,23 @@ class Threads(Generic[Job]):
 
     def _start(self) -> None:
         if self._count < self._most:
-            self._count += 1
+            with self._lock:
+                self._count += 1
             threading.Thread(target=self._work, name=f"request-{self._count}", daemon=True).start()
 
     def _work(self) -> None:
         while True:
             with self._lock:
                 self._idle += 1
-            job = self._jobs.get()
+            try:
+                job = self._jobs.get(timeout=IDLE_S)
+            except queue.Empty:
+                with self._lock:
+                    self._idle -= 1
+                    if self._count > CORE:
+                        self._count -= 1
+                        return
+                continue
             with self._lock:
                 self._idle -= 1
                 self._taken += 1
