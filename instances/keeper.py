@@ -26,6 +26,7 @@ from instances.watchdog import Verdict, Watchdog
 log = logging.getLogger("vllm_server.keeper")
 
 STEP_S = {State.STARTING: 0.1, State.READY: 0.25, State.BACKOFF: 0.1, State.STOPPING: 0.05}
+DEVICE_STEP_S = 0.5         # while it waits for a device: all of them are read each time
 HOUSEKEEPING_S = 5.0
 LAST_WORDS_S = 1.0          # a dying API server tells its clients within 0.1 s; then it is ended
 CUT_WAIT_S = 2.0            # for request threads to let go of a connection that was cut
@@ -51,6 +52,7 @@ class Keeper:
         self._served = served_before
         self._remains = remains
         self._holds_nothing = False         # no process, port or turn, and no request on its connections
+        self._waits_for_device = False
         self._avoid: set[int] = set()       # ports that it could not use
         self._saved: Record | None = None
         self._save_at = self._housekeeping_at = 0.0
@@ -69,6 +71,7 @@ class Keeper:
             State.STARTING: self._start, State.READY: self._watch, State.BACKOFF: self._back_off,
             State.STOPPING: self._stop}
         state = self._instance.state
+        self._waits_for_device = False
         if state in steps:
             steps[state](now)
         else:   # failed, or failed and already deleted: its cause stays listed, but the next daemon need not know it
@@ -78,7 +81,7 @@ class Keeper:
         if self._instance.state is State.STOPPED:
             return False
         self._save(now)
-        return STEP_S.get(self._instance.state, 0.0)
+        return DEVICE_STEP_S if self._waits_for_device else STEP_S.get(self._instance.state, 0.0)
 
     def _save(self, now: float) -> None:
         """Make the record on disk say what is.  If it cannot be written, what serves goes on serving."""
@@ -135,6 +138,7 @@ class Keeper:
         except (DaemonError, OSError) as error:
             self._fail(_problem_of_launch(self._instance.spec.model, error))
             return
+        self._waits_for_device = self._engine is None
         if self._engine is None:
             self._registry.note_phase(self._instance, "waiting_for_device")
             return

@@ -154,13 +154,10 @@ class Engine:
         return wait_until(reaped, timeout_s)
 
     def _members(self) -> list[Process]:
-        """Its live processes; none when another session has got its number since."""
+        """Its live processes; none when somebody else's session has its number now."""
         members = processes.session_members(self.pid)
         if self._child is not None or self._leader.alive():
             return members
-        # A number is not given anew while a session has it: who has the leader's pid now has a session of his own.
-        if any(member.pid == self.pid or member.started_ticks < self.record.started_ticks for member in members):
-            return []
         return members if any(is_named(member.pid, self.instance_id) for member in members) else []
 
 

@@ -35,6 +35,7 @@ class Resources:
         self.devices = devices
         self.ports = Ports(settings.base_port)
         self.turns = Turns()
+        self._gpus: frozenset[int] | None = None    # as last read: a stop that waits for its turn asks often
         self._environ = environ
         self.use(settings)
 
@@ -51,8 +52,7 @@ class Resources:
         None: there may be room when another instance, which starts or stops on a GPU now, is done.
         """
         busy = self.turns.of_others(instance_id)
-        devices = [replace(device, free_bytes=0) if device.index in busy else device
-                   for device in self.devices.read(now).devices]
+        devices = [replace(device, free_bytes=0) if device.index in busy else device for device in self._read(now)]
         try:
             plan = placement.plan(spec.model, spec.flags, devices)
         except NoRoom as error:
@@ -69,8 +69,14 @@ class Resources:
 
         It is held until `end_turn` or `give_back`.  There is nothing to take turns for in the host's memory.
         """
-        gpus = [device.index for device in self.devices.read(now).devices if device.kind == "cuda"]
-        return self.turns.take(instance_id, [index for index in gpus if index in devices])
+        if self._gpus is None:
+            self._read(now)
+        return self.turns.take(instance_id, [index for index in self._gpus or () if index in devices])
+
+    def _read(self, now: float) -> tuple[gpu.Device, ...]:
+        devices = self.devices.read(now).devices
+        self._gpus = frozenset(device.index for device in devices if device.kind == "cuda")
+        return devices
 
     def end_turn(self, instance_id: str) -> None:
         self.turns.give_back(instance_id)

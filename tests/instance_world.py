@@ -6,6 +6,7 @@ No thread runs: `World.step` moves the clock and calls the tick of every keeper 
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,9 +37,11 @@ def cuda(index: int, free_gib: float = 80) -> gpu.Device:
 @dataclass
 class FakeDevices:
     devices: tuple[gpu.Device, ...] = (HOST,)
+    reads: int = 0
     closed: bool = False
 
     def read(self, now: float) -> gpu.Reading:
+        self.reads += 1
         return gpu.Reading(now, self.devices)
 
     def close(self) -> None:
@@ -147,7 +150,6 @@ class FakeLauncher:
     left: dict[str, FakeEngine] = field(default_factory=dict)   # by an earlier daemon, by instance id
 
     def launch(self, spec: LaunchSpec) -> FakeEngine:
-        assert not self.world.manager._changed._is_owned(), "launched under the lock"
         if self.broken is not None:
             raise self.broken
         spec.log_path.write_text("")
@@ -185,6 +187,11 @@ class World:
         self.probe: type[FakeProbe] = type("WorldProbe", (FakeProbe,), {"world": self, "open": set()})
         monkeypatch.setattr(probe, "Probe", self.probe)
         monkeypatch.setattr("os.fsync", lambda descriptor: None)     # nothing here outlives the machine
+        for blocking in ("save", "remove", "load"):
+            self._never_under_the_lock(monkeypatch, self.state_dir, blocking)
+        self._never_under_the_lock(monkeypatch, self.devices, "read")
+        for blocking in ("launch", "find", "end_remains"):
+            self._never_under_the_lock(monkeypatch, self.launcher, blocking)
         self.manager = self.new_manager()
 
     def settings(self, **overrides: object) -> config.Settings:
@@ -200,6 +207,16 @@ class World:
             devices=self.devices, environ={}, clock=lambda: self.now,  # type: ignore[arg-type]
             wall=lambda: self.now + 1e9, run=self.loops.append)
         return self.manager
+
+    def _never_under_the_lock(self, monkeypatch: pytest.MonkeyPatch, part: object, name: str) -> None:
+        """Whatever the daemon's lock guards must not wait for this.  Told where one thread runs only."""
+        method = getattr(part, name)
+
+        def checked(*arguments: Any) -> Any:
+            assert threading.active_count() > 1 or not self.manager._changed._is_owned(), f"{name} under the lock"
+            return method(*arguments)
+
+        monkeypatch.setattr(part, name, checked)
 
     # --- what happens ---------------------------------------------------------------------------------------------
 

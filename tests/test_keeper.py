@@ -283,6 +283,19 @@ def test_starts_on_different_gpus_go_at_the_same_time(world: World) -> None:
     assert [one.spec.env["CUDA_VISIBLE_DEVICES"] for one in world.engines] == ["GPU-0", "GPU-1", "GPU-1"]
 
 
+def test_who_waits_for_a_device_asks_for_all_of_them_less_often(world: World) -> None:
+    world.devices.devices = (cuda(0),)
+    first, _ = world.ready("org/a", params={"gpu_memory_utilization": 0.4})
+    world.loading("org/b", params={"gpu_memory_utilization": 0.4})
+    world.create("org/c", params={"gpu_memory_utilization": 0.4})
+    assert [loop.tick(world.now) for loop in world.loops] == [0.25, 0.1, 0.5]
+    world.manager.stop(first.id)
+    world.step()
+    reads = world.devices.reads
+    world.loops[0].tick(world.now)      # waits for its turn to end
+    assert world.devices.reads == reads
+
+
 def test_all_gpus_busy_is_no_machine_without_gpus(world: World) -> None:
     world.devices.devices = (cuda(0), cuda(1))
     world.create("org/a", params={"tensor_parallel_size": 2})
