@@ -34,6 +34,7 @@ SETTLE_S = 0.5              # vLLM aborts a request 0.06 s after its client has 
 TURN_PATIENCE_S = 30.0      # a stop waits so long for another instance to be done on the same GPU
 ADOPTED_READY_S = 30.0      # an engine that served before and is silent now is restarted after so long
 DOWNLOAD_LOOK_S = 2.0
+MEASURE_S = 30.0            # the kernel counts an engine's pages for it, 0.1 s of work that holds the engine up
 
 
 class Keeper:
@@ -55,7 +56,7 @@ class Keeper:
         self._waits_for_device = False
         self._avoid: set[int] = set()       # ports that it could not use
         self._saved: Record | None = None
-        self._save_at = self._housekeeping_at = 0.0
+        self._save_at = self._housekeeping_at = self._measure_at = 0.0
         self._cut_at: float | None = None
         self._drained_at: float | None = None
         self._term_at: float | None = None
@@ -227,6 +228,7 @@ class Keeper:
         if now >= self._housekeeping_at:
             self._housekeeping_at = now + HOUSEKEEPING_S
             self._reader.trim(self._resources.settings.instance_log_bytes)
+        if now >= self._measure_at:
             self._measure(now)
         settings = self._resources.settings
         verdict = self._watchdog.look(now, last_success=self._instance.last_success,
@@ -240,6 +242,7 @@ class Keeper:
 
     def _measure(self, now: float) -> None:
         assert self._engine is not None
+        self._measure_at = now + MEASURE_S
         measured = self._resources.memory_bytes(self._instance.id, self._engine.pids(), now)
         self._registry.note_memory(self._instance, measured)
 

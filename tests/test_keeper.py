@@ -355,7 +355,7 @@ def test_memory_is_measured_while_it_serves_and_none_afterwards(
     view, engine = world.ready()
     assert world.view(view).memory_measured_bytes == GIB
     engine.pids = lambda: [1, 2]  # type: ignore[method-assign]
-    world.step(4.0)
+    world.step(29.0)
     assert world.view(view).memory_measured_bytes == GIB
     world.step(1.5)
     assert world.view(view).memory_measured_bytes == 2 * GIB
