@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import os
 import re
 import signal
 import socket
@@ -19,7 +20,7 @@ from instances import processes
 from tests.daemon import CHECKOUT, JSON, Daemon
 from tests.support import wait_until
 
-LOAD_S = 300            # a guard: a start takes 20 to 60 s
+LOAD_S = 600            # a guard: a start takes 20 to 60 s, on a busy machine minutes
 ENDLESS = 60_000        # tokens of a stream that lasts a minute even where a token takes 1 ms
 
 ENVIRONMENT = {
@@ -39,6 +40,11 @@ class Model:
     def request(self, **fields: object) -> dict[str, object]:
         """The body of POST /instances."""
         return {"model_name": str(self.folder), "params": {"served_model_name": self.alias, **self.params}, **fields}
+
+
+def limit_s(promised_s: float) -> float:
+    """What was promised holds where a core is to spare; a machine with more to do than cores takes longer."""
+    return promised_s * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 def find_engine() -> str:
@@ -89,6 +95,18 @@ class RealDaemon(Daemon):
         wait_until(lambda: self.instance(instance_id)["status"] in ("ready", "failed"), LOAD_S)
         found = self.instance(instance_id)
         assert found["status"] == "ready", found["last_error"]
+        return found
+
+    def wait_loading(self, instance_id: str, processes_there: int) -> dict[str, Any]:
+        """The instance while it loads, once its tree has so many processes: server, resource tracker, EngineCore,
+        Worker, in this order."""
+        def has_them() -> bool:
+            pid = self.instance(instance_id)["pid"]
+            return pid is not None and len(self.session(pid)) >= processes_there
+
+        wait_until(has_them, LOAD_S)
+        found = self.instance(instance_id)
+        assert found["status"] == "starting", found
         return found
 
     def wait_gone(self, instance_id: str, timeout_s: float = 60) -> None:
@@ -165,6 +183,7 @@ class Footprint:
 
     @classmethod
     def of(cls, daemon: RealDaemon, instance: Mapping[str, Any]) -> Footprint:
+        wait_until(lambda: instance["pid"] in daemon.recorded_pids())
         record = json.loads((daemon.state / "instances" / f"{instance['id']}.json").read_text())
         return cls(session=instance["pid"], port=instance["port"], run_dir=Path(record["engine"]["run_dir"]),
                    shared_memory=frozenset().union(*map(shared_memory, daemon.session(instance["pid"]))))

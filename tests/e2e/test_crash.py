@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -17,9 +16,9 @@ from instances import processes
 from tests.support import wait_until
 
 from .conftest import Models
-from .real_daemon import ENDLESS, Footprint, Model, RealDaemon, kill, last_error, read_to_end
+from .real_daemon import ENDLESS, Footprint, Model, RealDaemon, kill, last_error, limit_s, read_to_end
 
-ANSWERS_AGAIN_S = 3.0 if not os.environ.get("CI") else 15.0     # promised; a CI machine has noisy neighbours
+ANSWERS_AGAIN_S = 3.0
 QUESTION = {"prompt": "A small", "max_tokens": 12, "temperature": 0}
 ANSWER = " model knows little and answers with words of its own. A"
 
@@ -87,10 +86,7 @@ class Load:
 def test_a_killed_daemon_finds_its_instances_again(daemon: RealDaemon, models: Models,
                                                    note: Callable[[str], None]) -> None:
     tiny, bert = daemon.ready(models.tiny, models.bert)
-    third = daemon.begin(models.third)
-    wait_until(lambda: daemon.instance(third["id"])["phase"] == "resolving")     # its processes import and load
-    loading = daemon.instance(third["id"])
-    assert loading["status"] == "starting"
+    loading = daemon.wait_loading(daemon.begin(models.third)["id"], 3)
     daemon.kill()
     assert set(daemon.engine_sessions()) == {tiny["pid"], bert["pid"], loading["pid"]}
 
@@ -103,11 +99,11 @@ def test_a_killed_daemon_finds_its_instances_again(daemon: RealDaemon, models: M
     for before in (tiny, bert):
         after = daemon.instance(before["id"])
         assert (after["status"], after["pid"], after["restarts"]) == ("ready", before["pid"], 0)
-    still = daemon.wait_ready(third["id"])
+    still = daemon.wait_ready(loading["id"])
     assert (still["pid"], still["restarts"]) == (loading["pid"], 0)
     assert_serves(daemon, models.third)
     assert set(daemon.engine_sessions()) == daemon.recorded_pids() == {tiny["pid"], bert["pid"], loading["pid"]}
-    assert took_s < ANSWERS_AGAIN_S
+    assert took_s < limit_s(ANSWERS_AGAIN_S)
 
 
 def test_a_killed_engine_under_load_is_told_to_all_and_restarted(daemon: RealDaemon, models: Models,
@@ -115,9 +111,7 @@ def test_a_killed_engine_under_load_is_told_to_all_and_restarted(daemon: RealDae
     (tiny,) = daemon.ready(models.tiny)
     held = Footprint.of(daemon, tiny)
     with contextlib.ExitStack() as stack:
-        b=time.monotonic()
         load = Load(daemon, models.tiny, streams=4, plain=4, stack=stack)
-        note(f"load {time.monotonic()-b}")
         began = time.monotonic()
         kill(daemon.process_named(tiny, "EngineCore"))
         load.assert_all_were_told()

@@ -93,6 +93,7 @@ def damaged(good: Path, folder: Path, damage: str) -> Path:
 def test_a_start_that_fails_says_why_and_what_to_do(answers: dict[str, Answer], failing: RealDaemon, name: str) -> None:
     case, error = CASES[name], answers[name].error
     assert (answers[name].status, error["code"]) == (case.status, case.code), error
+    assert error["type"] == {400: "invalid_request_error", 404: "not_found_error"}[case.status]
     for words in case.words:
         assert words in error["message"]
     assert error["message"].endswith(".") and "\n" not in error["message"]

@@ -11,8 +11,10 @@ import anthropic
 import openai
 import pytest
 
+from tests.support import wait_until
+
 from .conftest import Models
-from .real_daemon import RealDaemon
+from .real_daemon import ENDLESS, RealDaemon
 
 GREEDY: Any = {"temperature": 0, "max_tokens": 12}
 HELLO: Any = [{"role": "user", "content": "A small model"}]
@@ -171,6 +173,15 @@ def test_messages(served: RealDaemon) -> None:
 def test_one_instance_by_its_id(served: RealDaemon, models: Models) -> None:
     (tiny,) = served.ready(models.tiny)
     assert "vllm:" in served.get(f"/proxy/{tiny['id']}/metrics").body.decode()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_ends_its_request_in_the_engine(served: RealDaemon, models: Models, stream: bool) -> None:
+    (tiny,) = served.ready(models.tiny)
+    with served.sent("/v1/completions", {"model": "tiny", "prompt": "a", "max_tokens": ENDLESS, "stream": stream}):
+        wait_until(lambda: served.gauge(tiny) == 1)
+    wait_until(lambda: served.gauge(tiny) == 0, 30)     # it would have gone on for minutes
+    wait_until(lambda: served.instance(tiny["id"])["in_flight"] == 0)
 
 
 # --- vLLM's own errors pass unchanged -----------------------------------------------------------------------------
