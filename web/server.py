@@ -50,6 +50,7 @@ RECEIVE_BYTES = 1 << 16
 REQUEST_IDLE_S = 60.0       # for a request's head, and between two pieces of its body
 SEND_TIMEOUT_S = 60.0       # a client that takes nothing for so long is gone
 LINGER_S = 2.0
+REFUSED_S = 1.0             # without a free descriptor, clients wait in the backlog for so long before the next look
 VANISHED_S = 60             # of silence before a client's host is asked whether it is still there
 LINGER_BYTES = 1 << 20
 CLIENT_GONE = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.EBADF})
@@ -154,6 +155,7 @@ class Worker(ThreadWorker):
         super().__init__(*args, **kwargs)
         self._parked: dict[socket.socket, Parked] = {}
         self._buffers = Buffers()
+        self._accept_after = 0.0    # monotonic
         self._threads: Threads[Connection] = Threads(self.cfg.threads, self._serve)
         self.max_keepalived = self.worker_connections
 
@@ -185,16 +187,17 @@ class Worker(ThreadWorker):
             sys.exit(Arbiter.WORKER_BOOT_ERROR)     # the master ends too, instead of trying for ever
         self.poller.register(self.method_queue.fileno(), selectors.EVENT_READ, self.method_queue.run_callbacks)
         self.set_accept_enabled(True)
-        looked_at = time.monotonic()
+        looked_at = 0.0
         while self.alive:
-            self.notify()
-            can_accept = self.nr_conns + self.service.streams() < self.worker_connections
+            can_accept = (self.nr_conns + self.service.streams() < self.worker_connections
+                          and time.monotonic() >= self._accept_after)
             if can_accept != self._accepting:
                 self.set_accept_enabled(can_accept)
             self._round(1.0)
-            if time.monotonic() - looked_at >= 1.0:
-                looked_at = time.monotonic()
-                self._close_expired(looked_at)
+            if (now := time.monotonic()) - looked_at >= 1.0:
+                looked_at = now
+                self.notify()       # a system call: not for every event
+                self._close_expired(now)
         self._drain()
         self.service.stop(lambda: self.hurry, self.notify)
         self._threads.shut_down()
@@ -215,7 +218,8 @@ class Worker(ThreadWorker):
             except OSError as error:
                 if error.errno in OUT_OF_DESCRIPTORS:
                     log.error("no descriptor is free for another client (ulimit -n)")
-                    self.set_accept_enabled(False)  # the next round of the loop looks again
+                    self._accept_after = time.monotonic() + REFUSED_S
+                    self.set_accept_enabled(False)
                 elif error.errno not in (errno.EAGAIN, errno.ECONNABORTED):
                     raise
                 return
