@@ -18,6 +18,7 @@ from tests.relay_harness import read_all
 from tests.support import wait_until
 
 Step = list[Any]
+_SIZE_LINE = re.compile(rb"([0-9a-fA-F]+)[^\r\n]*\r\n")
 HOP = frozenset({"connection", "keep-alive", "date", "server", "transfer-encoding", "trailer"})
 CLOSE: Step = ["close"]
 RESET: Step = ["reset"]
@@ -95,22 +96,22 @@ def _body(fields: dict[str, str], rest: bytes, was_reset: bool, *, bodyless: boo
 
 
 def _chunks(rest: bytes) -> tuple[bytes, bool, bool, bytes]:
-    body = b""
-    while found := re.match(rb"([0-9a-fA-F]+)[^\r\n]*\r\n", rest):
-        size = int(found[1], 16)
-        rest = rest[found.end():]
+    data: list[bytes] = []
+    at = 0
+    while found := _SIZE_LINE.match(rest, at):
+        size, at = int(found[1], 16), found.end()
         if size == 0:
-            while (line := rest.partition(b"\r\n"))[1]:
-                rest = line[2]
-                if not line[0]:
-                    return body, True, True, rest
-            return body, False, True, b""
-        body += rest[:size]
-        if len(rest) < size + 2:
-            return body, False, False, b""
-        assert rest[size:size + 2] == b"\r\n", "a chunk that is longer than it says"
-        rest = rest[size + 2:]
-    return body, False, False, b""
+            while (end := rest.find(b"\r\n", at)) >= 0:
+                line, at = rest[at:end], end + 2
+                if not line:
+                    return b"".join(data), True, True, rest[at:]
+            return b"".join(data), False, True, b""
+        data.append(rest[at:at + size])
+        at += size + 2
+        if len(rest) < at:
+            break
+        assert rest[at - 2:at] == b"\r\n", "a chunk that is longer than it says"
+    return b"".join(data), False, False, b""
 
 
 def assert_same(sent: bytes, was_reset: bool, received: bytes, client_reset: bool, method: str = "POST") -> None:

@@ -1,0 +1,1 @@
+"""Long runs with a simulated or scripted engine: `make slow`."""
