@@ -89,3 +89,4 @@ class Threads(Generic[Job]):
             if job is None:
                 return
             self._run(job)
+            del job     # an idle thread must not hold on to a connection
