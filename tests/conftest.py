@@ -9,7 +9,7 @@ from pathlib import Path
 from hypothesis import HealthCheck, configuration, settings
 
 # no deadlines: the machine is shared, and a test that waits for a socket is not slow because of what it tests
-settings.register_profile("default", max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("default", max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", settings.get_profile("default"), max_examples=10_000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 # its folder in the checkout would make pytest warn, and a warning is an error
