@@ -51,6 +51,7 @@ class Engine:
         self.knobs = knobs
         self.metrics = metrics
         self.sleep_level = 0
+        self.weights_lost = False       # by a sleep of level 2, until they are loaded again: it talks nonsense
         self.paused = False             # new requests are parked
         self.frozen = False             # and the running ones stand still
         self.dead = False
@@ -62,6 +63,7 @@ class Engine:
         self._running: set[Job] = set()
         self._waiting: deque[Job] = deque()
         self._drained = asyncio.Event()
+        self._awake_tags: set[str] = set()      # what is back of an engine that is woken in parts
 
     @property
     def running_count(self) -> int:
@@ -106,7 +108,7 @@ class Engine:
                     return
                 reason = finish if number == tokens else None
                 self.metrics.token(n, since=job.arrived_at if number == 1 else None)
-                yield token_text(number), reason
+                yield "!" if self.weights_lost else token_text(number), reason
                 self._on_chunk(number)
                 if reason is None:
                     due += 1 / self.knobs.tokens_per_s if self.knobs.tokens_per_s > 0 else 0
@@ -206,8 +208,11 @@ class Engine:
 
     def wake_up(self, tags: Iterable[str] | None) -> bool:
         """True when it is fully awake: a wake of the weights alone leaves it asleep."""
-        if tags is not None and "kv_cache" not in tags:
-            return self.sleep_level == 0
+        if tags is not None:
+            self._awake_tags |= {*tags}
+            if not {"weights", "kv_cache"} <= self._awake_tags:
+                return self.sleep_level == 0
+        self._awake_tags = set()
         self.sleep_level = 0
         self.resume()
         return True

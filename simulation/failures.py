@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from simulation.flags import Options
 from simulation.log import err, log
-from simulation.memory import GIB, too_full_text
+from simulation.memory import GIB, out_of_memory, profiling_text, too_full_text, too_long_text
 
 OFFLINE = ("We couldn't connect to 'https://huggingface.co' to load the files, and couldn't find them in the cached "
            "files.\nCheck your internet connection or see how to run the library in offline mode at "
@@ -32,6 +32,7 @@ def failure_of(code: str, options: Options) -> Failure:
     """The failure that the knob `fail` names, told for this command line."""
     model, length = options.model, options.max_model_len
     utilization = options.gpu_memory_utilization
+    memory_error, memory_message, memory_log = out_of_memory(0, 1.96 * GIB, 1.2 * GIB, 79.11 * GIB)
     config = "pydantic_core._pydantic_core.ValidationError"
     validation = ("1 validation error for ModelConfig\n  Value error, {} [type=value_error, "
                   "input_value=ArgsKwargs((), {{'model': ...nderer_num_workers': 1}}), input_type=ArgsKwargs]\n"
@@ -74,26 +75,12 @@ def failure_of(code: str, options: Options) -> Failure:
         "no_weights": Failure(
             "engine", "load", "RuntimeError", f"Cannot find any model weights with `{model}`"),
         "kv_cache_too_small": Failure(
-            "engine", "cache", "ValueError", f"To serve at least one request with the model's max seq len ({length}), "
-            "(4.00 GiB KV cache is needed, which is larger than the available KV cache memory (1.25 GiB). Based on the "
-            f"available memory, the estimated maximum model length is {length * 5 // 16}. Try increasing "
-            "`gpu_memory_utilization` (which also controls CPU memory on the CPU backend) or decreasing "
-            "`max_model_len` when initializing the engine. See "
-            "https://docs.vllm.ai/en/latest/configuration/conserving_memory/ for more details."),
+            "engine", "cache", "ValueError", too_long_text(length, 4 * GIB, 1.25 * GIB, length * 5 // 16)),
         "gpu_too_full": Failure(
             "engine", "engine", "ValueError", too_full_text(0, 6.1 * GIB, 79.11 * GIB, utilization)),
-        "out_of_memory": Failure(
-            "engine", "load", "torch.OutOfMemoryError", "CUDA out of memory. Tried to allocate 1.96 GiB. GPU 0 has a "
-            "total capacity of 79.11 GiB of which 1.20 GiB is free. Process 4242 has 77.90 GiB memory in use.",
-            also_logged="Failed to load model - not enough GPU memory. Try lowering --gpu-memory-utilization to free "
-                        "memory for weights, increasing --tensor-parallel-size, or using --quantization. See "
-                        "https://docs.vllm.ai/en/latest/configuration/conserving_memory/ for more tips. (original "
-                        "error: CUDA out of memory. Tried to allocate 1.96 GiB.)"),
+        "out_of_memory": Failure("engine", "load", memory_error, memory_message, also_logged=memory_log),
         "profiling_memory": Failure(
-            "engine", "profile", "AssertionError", "Error in memory profiling. Initial free memory 31.50 GiB, current "
-            "free memory 58.20 GiB. This happens when other processes sharing the same container release GPU memory "
-            "while vLLM is profiling during initialization. To fix this, ensure consistent GPU memory allocation or "
-            "isolate vLLM in its own container."),
+            "engine", "profile", "AssertionError", profiling_text(31.5 * GIB, 58.2 * GIB)),
         "engine_error": Failure("engine", "load", "RuntimeError", "simulated failure of the engine"),
     }
     return table[code]

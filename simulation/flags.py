@@ -167,9 +167,11 @@ class Options:
     uds: str | None
     runner: str
     max_model_len: int
+    fits_length: bool                   # --max-model-len auto: as long as the cache allows
     max_num_seqs: int
     max_num_queued_reqs: int | None
     gpu_memory_utilization: float
+    kv_cache_memory_bytes: int | None
     tensor_parallel_size: int
     pipeline_parallel_size: int
     data_parallel_size: int
@@ -341,10 +343,12 @@ def options_of(namespace: argparse.Namespace, parser: argparse.ArgumentParser) -
         uds=namespace.uds,
         runner=namespace.runner or "auto",
         max_model_len=namespace.max_model_len if (namespace.max_model_len or 0) > 0 else 32768,
+        fits_length=(namespace.max_model_len or 0) < 0,
         max_num_seqs=namespace.max_num_seqs or 1024,
         max_num_queued_reqs=namespace.max_num_queued_reqs,
         gpu_memory_utilization=(0.92 if namespace.gpu_memory_utilization is None
                                 else namespace.gpu_memory_utilization),
+        kv_cache_memory_bytes=namespace.kv_cache_memory_bytes,
         tensor_parallel_size=namespace.tensor_parallel_size or 1,
         pipeline_parallel_size=namespace.pipeline_parallel_size or 1,
         data_parallel_size=namespace.data_parallel_size or 1,

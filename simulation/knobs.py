@@ -29,7 +29,15 @@ class Knobs:
     first_token_s: float = 0.0          # from the request's admission to its first token
     tokens: int = 16                    # of an answer whose request names no maximum
     device: str = "cuda"                # "cpu": one Worker with -tp 1, and --enable-sleep-mode refused
-    memory_mb: float | None = None      # claimed on each device; None: the utilization's share where devices.json is
+    memory_mb: float | None = None      # taken of each device, whatever the flags say; None: as vLLM does (memory.py)
+    weights_mb: float | None = None     # of the whole model; None: its files' size where its folder is given, else 0
+    overhead_mb: float = 1024.0         # on each device besides weights and cache: CUDA, activations, graphs
+    kv_bytes_per_token: float | None = None     # of all ranks; None: by config.json where the folder is given, else 0
+    profiles: bool = True               # the cache is measured, which fails when others free memory meanwhile
+    sleep_keeps_mb: float | None = None     # of each device while it sleeps; None: overhead_mb
+    sleep_s: float = 0.0                # that falling asleep takes
+    wake_s: float = 0.0                 # that waking takes
+    wake_fails: bool = False            # it answers 500 to a wake
     shm_bytes: int = 65536              # of the engine's psm_* block
     fail: str = ""                      # one of FAILURES: the start fails so
     fail_after_s: float | None = None   # when; None: start_s

@@ -15,6 +15,8 @@ from simulation import generate, pooling
 from simulation.engine import EngineDead, QueueFull
 from simulation.http import EventStream, Request, Response, Upgrade
 from simulation.knobs import KnobError
+from simulation.log import log
+from simulation.memory import MemoryFailure
 from simulation.realtime import accept
 from simulation.service import (
     BUSY_MESSAGE,
@@ -210,16 +212,25 @@ async def sleep(service: Service, request: Request) -> Response:
                       f"Input should be {bound}", level)
     await service.engine.sleep(int(level), _mode(request))
     if service.options.enable_sleep_mode and int(level) > 0:
-        service.ledger.claim(device_pids(service), share=0.05)
+        await asyncio.sleep(service.engine.knobs.sleep_s)
+        service.ledger.sleep(int(level), service.engine.knobs.sleep_keeps_mb)
+        service.engine.weights_lost |= int(level) == 2
     return json_response({"status": "sleeping", "level": int(level)})
 
 
 async def wake_up(service: Service, request: Request) -> Response:
-    tags = request.query.get("tags")
-    awake = service.engine.wake_up(tags)
-    if service.options.enable_sleep_mode:
-        service.ledger.claim(device_pids(service))
-    return json_response({"status": "awake" if awake else "sleeping", "tags": tags})
+    tags, engine = request.query.get("tags"), service.engine
+    if engine.knobs.wake_fails:
+        raise ApiError(500, "Internal server error", "InternalServerError")
+    if service.options.enable_sleep_mode and engine.sleep_level > 0:
+        await asyncio.sleep(engine.knobs.wake_s)
+        try:
+            service.ledger.wake(tags)
+        except MemoryFailure as error:
+            log("EngineCore", f"Invocation of wake_up method failed\nRuntimeError: CUDA Error: out of memory at "
+                              f"cumem_allocator.cpp:145 ({error.message})", where="core.py:1120", level="ERROR")
+            raise ApiError(500, "Internal server error", "InternalServerError") from error
+    return json_response({"status": "awake" if engine.wake_up(tags) else "sleeping", "tags": tags})
 
 
 def device_pids(service: Service) -> list[int]:
@@ -253,7 +264,9 @@ async def server_info(service: Service, request: Request) -> Response:
 
 
 async def collective_rpc(service: Service, request: Request) -> Response:
-    need(read_json(request), "method", str, "string")
+    method = need(read_json(request), "method", str, "string")
+    if method == "reload_weights":
+        service.engine.weights_lost = False
     return json_response({"results": [None] * len(device_pids(service))})
 
 

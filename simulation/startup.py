@@ -7,6 +7,7 @@ import select
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NoReturn
 
 from simulation.failures import (
@@ -19,7 +20,7 @@ from simulation.failures import (
 from simulation.flags import Options
 from simulation.knobs import Knobs
 from simulation.log import err, log
-from simulation.memory import Ledger
+from simulation.memory import GIB, Ledger, MemoryFailure
 from simulation.processes import EXIT, SERVING, EngineProcess, spawn_engines
 
 VERSION = "0.32.0"
@@ -36,6 +37,7 @@ class Phase:
     name: str                           # failures.py says which phase a failure interrupts
     share: float                        # of the start time, before it
     print: Callable[[], None]
+    take: Callable[[], object] | None = None    # memory, before it is printed; raises MemoryFailure
 
 
 def runner_of(options: Options) -> str:
@@ -70,15 +72,18 @@ def load(options: Options, knobs: Knobs, ledger: Ledger, started_at: float,
         log("EngineCore", f"EngineCore failed to start.\n{error}", where="core.py:1510", level="ERROR")
         print_lost_engine()
         raise StartFailed from error
-    if failure is None and (text := ledger.too_full()) is not None:
-        failure = Failure("engine", "engine", "ValueError", text)
-    ledger.claim([pid for engine in engines for pid, _ in engine.device_processes])
     try:
-        for phase in engine_phases(options, knobs, engines[0]):
+        for phase in engine_phases(options, knobs, ledger, engines):
             deadline += knobs.start_s * phase.share
             _pause_until(deadline, engines)
             if failure is not None and failure.phase == phase.name:
                 _fail(failure, started_at + (knobs.fail_after_s or 0), engines)
+            try:
+                if phase.take is not None:
+                    phase.take()
+            except MemoryFailure as short:
+                _fail(Failure("engine", phase.name, short.error, short.message, also_logged=short.also_logged),
+                      started_at, engines)
             phase.print()
         _pause_until(started_at + knobs.start_s, engines)
     except StartFailed:
@@ -147,49 +152,77 @@ def api_phases(options: Options) -> Iterator[Phase]:
     yield Phase("scheduler", 0, say("Chunked prefill is enabled with max_num_batched_tokens=8192.", "scheduler.py:307"))
 
 
-def engine_phases(options: Options, knobs: Knobs, engine: EngineProcess) -> Iterator[Phase]:
+def engine_phases(options: Options, knobs: Knobs, ledger: Ledger, engines: list[EngineProcess]) -> Iterator[Phase]:
+    engine = engines[0]
     worker_pid, worker = engine.device_processes[0]
-    gib = (knobs.memory_mb or 1024) / 1024
+    weights, cache, tokens = ledger_figures(knobs, ledger)
 
-    def core(message: str, where: str) -> Callable[[], None]:
-        return lambda: log(engine.name, message, where=where, pid=engine.pid)
+    def core(message: Callable[[], str], where: str) -> Callable[[], None]:
+        return lambda: log(engine.name, message(), where=where, pid=engine.pid)
 
-    def work(message: str, where: str) -> Callable[[], None]:
-        return lambda: log(worker, message, where=where, pid=worker_pid)
+    def work(message: Callable[[], str], where: str) -> Callable[[], None]:
+        return lambda: log(worker, message(), where=where, pid=worker_pid)
 
     yield Phase("engine", 0.24, core(
-        f"Initializing a V1 LLM engine (v{VERSION}) with config: model={options.model!r}, simulated=True, "
+        lambda: f"Initializing a V1 LLM engine (v{VERSION}) with config: model={options.model!r}, simulated=True, "
         f"max_seq_len={options.max_model_len}, tensor_parallel_size={options.tensor_parallel_size}, "
-        f"device_config={knobs.device}, enforce_eager={options.enforce_eager}", "core.py:133"))
-    yield Phase("load", 0.1, work(f"Starting to load model {options.model}...", "gpu_model_runner.py:5040"))
+        f"device_config={knobs.device}, enforce_eager={options.enforce_eager}", "core.py:133"),
+        lambda: ledger.begin([pid for each in engines for pid, _ in each.device_processes]))
+    yield Phase("load", 0.1, work(lambda: f"Starting to load model {options.model}...", "gpu_model_runner.py:5040"))
     for done in range(5):
-        yield Phase("shards", 0.05, _bar("Loading safetensors checkpoint shards: ", done, 4, "Completed | "))
-    yield Phase("weights", 0, work(f"Loading weights took {knobs.start_s / 4:.2f} seconds", "default_loader.py:501"))
-    yield Phase("weights", 0, work(f"Model loading took {gib / 2:.2f} GiB memory and {knobs.start_s / 3:.6f} seconds",
-                                   "gpu_model_runner.py:5150"))
+        yield Phase("shards", 0.05, _bar("Loading safetensors checkpoint shards: ", done, 4, "Completed | "),
+                    partial(ledger.take_weights, done / 4))
+    yield Phase("weights", 0, work(lambda: f"Loading weights took {knobs.start_s / 4:.2f} seconds",
+                                   "default_loader.py:501"))
+    yield Phase("weights", 0, work(
+        lambda: f"Model loading took {weights() / GIB:.2f} GiB memory and {knobs.start_s / 3:.6f} seconds",
+        "gpu_model_runner.py:5150"))
     if not options.enforce_eager:
-        yield Phase("compile", 0.15, work(f"torch.compile took {knobs.start_s / 10:.2f} s in total", "monitor.py:53"))
-    yield Phase("profile", 0.05, work(f"Available KV cache memory: {gib / 2:.2f} GiB", "gpu_worker.py:760"))
+        yield Phase("compile", 0.15, work(lambda: f"torch.compile took {knobs.start_s / 10:.2f} s in total",
+                                          "monitor.py:53"))
+    yield Phase("profile", 0.05, work(lambda: f"Available KV cache memory: {cache() / GIB:.2f} GiB",
+                                      "gpu_worker.py:760"), ledger.profile)
     yield Phase("cache", 0.05, core(
-        f"{'CPU' if knobs.device == 'cpu' else 'GPU'} KV cache size: 524,288 tokens, Maximum concurrency for "
-        f"{options.max_model_len:,} tokens per request: {524288 / options.max_model_len:.2f}x",
-        "kv_cache_utils.py:2327"))
+        lambda: f"{'CPU' if knobs.device == 'cpu' else 'GPU'} KV cache size: {tokens():,} tokens, Maximum concurrency "
+        f"for {options.max_model_len:,} tokens per request: {tokens() / options.max_model_len:.2f}x",
+        "kv_cache_utils.py:2327"), ledger.take_cache)
     if knobs.device != "cpu":
-        yield from _graph_phases(options, gib, work)
+        yield from _graph_phases(options, ledger, weights, work)
     yield Phase("warm", 0.02, core(
-        f"init engine (profile, create kv cache, warmup model) took {knobs.start_s / 2:.2f} s", "core.py:402"))
+        lambda: f"init engine (profile, create kv cache, warmup model) took {knobs.start_s / 2:.2f} s", "core.py:402"))
 
 
-def _graph_phases(options: Options, gib: float, work: Callable[[str, str], Callable[[], None]]) -> Iterator[Phase]:
+def ledger_figures(knobs: Knobs, ledger: Ledger) -> tuple[Callable[[], int], Callable[[], int], Callable[[], int]]:
+    """Bytes of weights, bytes of the KV cache and its tokens, on one device; made up where no device is simulated."""
+    made_up = int((knobs.memory_mb or 1024) * (1 << 20)) // 2
+
+    def cache() -> int:
+        return ledger.ranks[0].cache_bytes if ledger.ranks else made_up
+
+    def tokens() -> int:
+        per_token = ledger.share.kv_per_token
+        return int(cache() / per_token) if ledger.ranks and per_token else 524288
+
+    return lambda: ledger.share.weights if ledger.ranks else made_up, cache, tokens
+
+
+def _graph_phases(options: Options, ledger: Ledger, weights: Callable[[], int],
+                  work: Callable[[Callable[[], str], str], Callable[[], None]]) -> Iterator[Phase]:
     if not options.enforce_eager:
         for done in range(5):
             yield Phase("graphs", 0.01, _bar("Capturing CUDA graphs: ", done, 4, "| "))
-        yield Phase("graphs", 0, work("Graph capturing finished in 1 secs, took 0.12 GiB", "gpu_model_runner.py:6582"))
-    yield Phase("usage", 0, work(
-        "Free memory on device (78.50/79.11 GiB) on startup. Desired GPU memory utilization is "
-        f"({options.gpu_memory_utilization}, {gib:.2f} GiB). Actual usage is {gib / 2:.2f} GiB for consumed memory "
-        "(weights + non-torch), 0.10 GiB for peak activation, and 0.12 GiB for CUDAGraph memory.",
-        "gpu_worker.py:1012"))
+        yield Phase("graphs", 0, work(lambda: "Graph capturing finished in 1 secs, took 0.12 GiB",
+                                      "gpu_model_runner.py:6582"))
+    if options.kv_cache_memory_bytes:
+        return      # then vLLM has measured nothing that it could tell
+
+    def usage() -> str:
+        free, total, utilization = ledger.start_figures()
+        return (f"Free memory on device ({free / GIB:.2f}/{total / GIB:.2f} GiB) on startup. Desired GPU memory "
+                f"utilization is ({utilization}, {total * utilization / GIB:.2f} GiB). Actual usage is "
+                f"{(weights() + ledger.share.overhead) / GIB - 0.22:.2f} GiB for consumed memory (weights + "
+                "non-torch), 0.10 GiB for peak activation, and 0.12 GiB for CUDAGraph memory.")
+    yield Phase("usage", 0, work(usage, "gpu_worker.py:1012"))
 
 
 def _bar(title: str, done: int, total: int, unit: str) -> Callable[[], None]:

@@ -396,7 +396,7 @@ def test_memory_is_claimed_shrinks_asleep_and_is_free_in_the_end(launch: Launch,
     simulator = launch("--enable-sleep-mode", "--gpu-memory-utilization", "0.5", **environ).ready()
     engine = simulator.family()["VLLM::EngineCore"].pid
     path = folder / f"{engine}.json"
-    assert json.loads(path.read_text()) == {"pid": engine, "memory_bytes": 50 << 30, "devices": [3]}
+    assert json.loads(path.read_text()) == {"pid": engine, "memory_bytes": 50 << 30, "devices": [3], "label": "tiny"}
     second = launch("--gpu-memory-utilization", "0.6", **environ)
     assert second.process.wait(120) == 1
     assert "Free memory on device cuda:0 (50.00/100.00 GiB) on startup is less than" in second.log
@@ -406,4 +406,4 @@ def test_memory_is_claimed_shrinks_asleep_and_is_free_in_the_end(launch: Launch,
     assert json.loads(path.read_text())["memory_bytes"] == 50 << 30
     simulator.process.terminate()
     simulator.process.wait(120)
-    assert [entry.name for entry in folder.iterdir()] == ["devices.json"]
+    assert sorted(entry.name for entry in folder.iterdir()) == ["devices.json", "lock", "refused"]
