@@ -44,6 +44,6 @@ clean:          ## remove what the above left in the checkout (the engine's cach
 	@scripts/make_venv.sh requirements.txt
 	@touch $@
 
-.venv/dev.stamp: requirements-dev.txt requirements.txt scripts/make_venv.sh
+.venv/dev.stamp: requirements-dev.txt requirements.txt client/requirements.txt scripts/make_venv.sh
 	@scripts/make_venv.sh requirements-dev.txt
 	@touch $@ .venv/run.stamp

@@ -31,8 +31,12 @@ MAY_IMPORT = {
 
 @cache
 def imports(name: str) -> frozenset[str]:
-    """The modules that a file imports, anywhere in it; without those that only a type checker sees."""
-    tree = ast.parse(FILES[name].read_text())
+    return frozenset(module for module in imported_by(FILES[name]) if module not in OURS or module in FILES)
+
+
+def imported_by(path: Path) -> set[str]:
+    """What a file imports, anywhere in it; without what only a type checker sees."""
+    tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
             node.body = []
@@ -41,10 +45,10 @@ def imports(name: str) -> frozenset[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0 and node.module is not None, f"{name}: a relative import"
+            assert node.level == 0 and node.module is not None, f"{path}: a relative import"
             found.add(node.module)
             found |= {full for alias in node.names if (full := f"{node.module}.{alias.name}") in FILES}
-    return frozenset(module for module in found if module not in OURS or module in FILES)
+    return found
 
 
 def ours(name: str) -> set[str]:

@@ -1,0 +1,212 @@
+"""The shapes of the answers, for editors and type checkers.  At run time they are plain dicts, as the server sent them.
+
+Times in seconds, memory in bytes.  What an engine adds beyond these keys is there too.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NotRequired, TypedDict
+
+# --- inference ---------------------------------------------------------------------------------------------------
+
+
+class Message(TypedDict):
+    """One message of a chat.  `content` is a text, or a list of parts (text, images, ...)."""
+
+    role: str
+    content: NotRequired[Any]
+    name: NotRequired[str]
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    tool_call_id: NotRequired[str]
+
+
+class AnswerMessage(TypedDict):
+    role: str
+    content: str
+    reasoning: NotRequired[str | None]
+    tool_calls: NotRequired[list[dict[str, Any]]]
+
+
+class Usage(TypedDict):
+    prompt_tokens: int
+    total_tokens: int
+    completion_tokens: NotRequired[int]
+
+
+class ChatChoice(TypedDict):
+    index: int
+    message: AnswerMessage
+    finish_reason: str | None
+
+
+class ChatCompletion(TypedDict):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class Delta(TypedDict, total=False):
+    role: str
+    content: str | None
+    reasoning: str | None
+    tool_calls: list[dict[str, Any]]
+
+
+class ChunkChoice(TypedDict):
+    index: int
+    delta: Delta
+    finish_reason: str | None
+
+
+class ChatChunk(TypedDict):
+    """One event of a streamed chat.  `choices` is empty in the last one when usage was asked for."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    usage: NotRequired[Usage | None]
+
+
+class CompletionChoice(TypedDict):
+    index: int
+    text: str
+    finish_reason: str | None
+
+
+class Completion(TypedDict):
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: NotRequired[Usage | None]
+
+
+class Embedding(TypedDict):
+    index: int
+    object: Literal["embedding"]
+    embedding: list[float]
+
+
+class Embeddings(TypedDict):
+    id: str
+    object: Literal["list"]
+    model: str
+    data: list[Embedding]
+    usage: Usage
+
+
+# --- models and instances ----------------------------------------------------------------------------------------
+
+
+class InstanceOfModel(TypedDict):
+    id: str
+    status: str
+
+
+class Model(TypedDict):
+    """A model that may be named in requests.  `root` is the path or hub id that it was loaded from."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    status: str
+    instances: list[InstanceOfModel]
+
+
+class InstanceMemory(TypedDict):
+    planned_bytes: int | None
+    measured_bytes: int | None
+
+
+class LastError(TypedDict):
+    code: str
+    message: str
+    detail: str | None
+    suggestion: dict[str, Any] | None
+
+
+class Instance(TypedDict):
+    id: str
+    object: Literal["instance"]
+    model_name: str
+    aliases: list[str]
+    status: str
+    because: str
+    phase: str | None
+    progress: float | None
+    port: int | None
+    pid: int | None
+    gpus: list[int]
+    memory: InstanceMemory
+    params: dict[str, Any]
+    flags: dict[str, Any]
+    timeout: float
+    expires_in: float | None
+    in_flight: int
+    created: int
+    last_used: int
+    restarts: int
+    retry_in: float | None
+    engine: dict[str, Any]
+    last_error: LastError | None
+    simulated: bool
+
+
+class DeviceMemory(TypedDict):
+    total: int
+    used: int
+    free: int
+
+
+class DeviceProcess(TypedDict):
+    pid: int
+    memory: int | None
+
+
+class Device(TypedDict):
+    """A GPU, or (`kind` "host") the machine's memory where there is none."""
+
+    index: int
+    uuid: str
+    name: str
+    kind: str
+    memory: DeviceMemory
+    utilization: float | None
+    temperature_c: int | None
+    processes: list[DeviceProcess]
+    error: str | None
+    instances: list[str]
+
+
+class Devices(TypedDict):
+    object: Literal["list"]
+    driver: str | None
+    cuda: str | None
+    data: list[Device]
+
+
+class Health(TypedDict):
+    status: str
+    instances: int
+    ready: int
+    vllm_processes: int
+    version: str
+    simulated: bool
+
+
+class Version(TypedDict):
+    version: str
+    simulated: bool
+
+
+class Reload(TypedDict):
+    object: Literal["reload"]
+    changed: list[str]
