@@ -54,7 +54,7 @@ class Resources:
         busy = self.turns.of_others(instance_id)
         devices = [replace(device, free_bytes=0) if device.index in busy else device for device in self._read(now)]
         try:
-            plan = placement.plan(spec.model, spec.flags, devices)
+            plan = placement.plan_alone(spec.model, spec.flags, devices)
         except NoRoom as error:
             if busy and error.code == NoRoom.code:
                 return None

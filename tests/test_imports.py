@@ -15,7 +15,7 @@ FILES = {".".join(path.relative_to(CHECKOUT).with_suffix("").parts): path for pa
 OURS = {name.partition(".")[0] for name in FILES} - {"scripts"}
 
 GROUND = {"config", "errors", "gpu", "instances.instance", "instances.startup_log", "instances.placement",
-          "instances.flags"}
+          "instances.ledger", "instances.eviction", "instances.switching", "instances.footprint", "instances.flags"}
 """What depends on nothing above it."""
 
 MAY_IMPORT = {

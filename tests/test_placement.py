@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from errors import NoRoom
 from gpu import Device
-from instances.placement import plan
+from instances.placement import plan_alone as plan
 
 GIB = 1 << 30
 HOST = Device(0, "", "CPU host memory", "host", 64 * GIB, 0, 64 * GIB)
