@@ -139,13 +139,15 @@ class Daemon:
 def read_settings(arguments: argparse.Namespace) -> config.Settings:
     overrides = {name: value for name, value in (("APP_HOST", arguments.host), ("APP_PORT", arguments.port))
                  if value is not None}
-    return config.load_settings(os.environ, env_file=arguments.env, cwd=Path.cwd(), overrides=overrides)
+    return config.load_settings(os.environ, env_file=arguments.env, config_file=arguments.config, cwd=Path.cwd(),
+                                overrides=overrides)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="app.py", description="Runs vLLM instances behind one address.")
     parser.add_argument("--host", help="address to listen on (APP_HOST)")
     parser.add_argument("--port", help="port to listen on (APP_PORT)")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="models file instead of ./config.yaml")
     parser.add_argument("--env", type=Path, metavar="FILE", help="settings file instead of ./.env")
     parser.add_argument("--version", action="version", version=f"vllm-server {VERSION}")
     return parser.parse_args(argv)

@@ -15,6 +15,8 @@ import pytest
 import app
 import config
 import errors
+from configuration.config_file import SECTIONS
+from configuration.schema import schema
 from instance_manager import FIXED
 from instances import launcher
 from instances.instance import State
@@ -24,6 +26,7 @@ from tests.demo_run import DemoRun, shell
 from tests.support import wait_until
 
 READMES = {name: (CHECKOUT / name).read_text() for name in ("README.md", "README_zh.md")}
+SETTINGS_TITLES = ("Settings", "配置")
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "ANY")
 each_readme = pytest.mark.parametrize("readme", READMES.values(), ids=READMES.keys())
 
@@ -54,6 +57,13 @@ def test_every_setting_stands_there_with_its_default(readme: str) -> None:
         default, text = table[setting.name]
         assert default == f"`{setting.default}`", setting.name
         assert all(f"`{name}`" in text for name in setting.older), setting.name
+
+
+@each_readme
+def test_every_key_of_a_model_stands_there(readme: str) -> None:
+    keys = schema()["definitions"]["model"]["properties"].keys() - {"max_model_len"}
+    assert keys <= rows(section(readme, SETTINGS_TITLES[readme is READMES["README_zh.md"]])).keys()
+    assert all(re.search(rf"`{key}`\s*[(（]`{name}`", readme) for (_, key), name in SECTIONS.items())
 
 
 @each_readme

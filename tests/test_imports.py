@@ -9,20 +9,23 @@ from pathlib import Path
 import pytest
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-FOLDERS = ("instances", "routing", "web", "simulation", "scripts")
+FOLDERS = ("configuration", "instances", "routing", "web", "simulation", "scripts")
 PATHS = [*CHECKOUT.glob("*.py"), *(path for folder in FOLDERS for path in CHECKOUT.glob(f"{folder}/*.py"))]
 FILES = {".".join(path.relative_to(CHECKOUT).with_suffix("").parts): path for path in PATHS}
 OURS = {name.partition(".")[0] for name in FILES} - {"scripts"}
 
 GROUND = {"config", "errors", "gpu", "instances.instance", "instances.startup_log", "instances.placement",
-          "instances.ledger", "instances.eviction", "instances.switching", "instances.footprint", "instances.flags"}
+          "instances.ledger", "instances.eviction", "instances.switching", "instances.footprint", "instances.flags",
+          *(name for name in FILES if name.startswith("configuration."))}
 """What depends on nothing above it."""
 
 MAY_IMPORT = {
     "errors": set(),
-    "config": {"errors", "instances.flags"},
+    "config": {"configuration", "errors", "instances.flags"},
+    "configuration.models": set(),
+    "configuration.yaml_file": {"errors"},
     "gpu": {"errors"},
-    "instance_manager": {"config", "errors", "gpu", "instances"},
+    "instance_manager": {"config", "configuration", "errors", "gpu", "instances"},
     "routing.balancer": {"errors", "instances.instance", "routing.remote"},
     "router": {"config", "errors", "instance_manager", "instances.instance", "routing"},
 }
@@ -71,7 +74,8 @@ def test_each_part_imports_only_what_is_below_it(name: str) -> None:
 
 
 @pytest.mark.parametrize(("package", "allowed"), [
-    ("instances", {"config", "errors", "gpu", "instances"}),
+    ("configuration", {"configuration", "errors", "instances"}),
+    ("instances", {"config", "configuration", "errors", "gpu", "instances"}),
     ("routing", {"config", "errors", "instances", "routing"}),
     ("web", {"config", "errors", "gpu", "instance_manager", "instances", "router", "routing", "web"}),
     ("simulation", {"simulation"})])
