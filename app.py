@@ -27,6 +27,7 @@ from instances.store import StateDir
 from router import Router
 from routing.upstream import ClientLeft
 from web import admin, auth
+from web.audit import AuditLog
 from web.server import Server, Service
 
 VERSION = "0.1.0"
@@ -43,6 +44,7 @@ class Deps:
     manager: InstanceManager
     router: Router
     reload_settings: Any
+    audit: AuditLog
 
 
 def create_app(deps: Deps) -> Flask:
@@ -51,8 +53,10 @@ def create_app(deps: Deps) -> Flask:
     app.url_map.merge_slashes = False
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.extensions.update(manager=deps.manager, router=deps.router, reload=deps.reload_settings,
+                          audit=deps.audit,
                           about={"version": VERSION, "simulated": is_simulated(deps.manager.settings.command)})
     app.before_request(lambda: auth.check(request, deps.manager.settings))
+    app.after_request(lambda response: _audited(deps.audit, response))
     app.register_blueprint(admin.blueprint)
     app.register_blueprint(data_plane.blueprint)
     app.register_error_handler(Exception, _answer_error)
@@ -62,6 +66,11 @@ def create_app(deps: Deps) -> Flask:
 def is_simulated(command: Sequence[str]) -> bool:
     """Whether the engine is the stand-in: then everything a person sees says so."""
     return any(Path(word).name == "simulator.py" for word in command)
+
+
+def _audited(audit: AuditLog, response: Response) -> Response:
+    audit.note(request, response)
+    return response
 
 
 def _answer_error(error: Exception) -> Response:
@@ -103,9 +112,10 @@ class Daemon:
         self._reloading = threading.Lock()
         self.manager = InstanceManager(settings, state_dir)
         self.router = Router(self.manager)
+        self.audit = AuditLog(state_dir.path / "audit.log")
 
     def service(self) -> Service:
-        app = create_app(Deps(self.manager, self.router, self.reload))
+        app = create_app(Deps(self.manager, self.router, self.reload, self.audit))
         return Service(wsgi=app, start=self.start, stop=self.stop, reload=self.reload_and_log,
                        streams=self.router.streams, close_door=self.manager.close_door)
 
@@ -116,6 +126,7 @@ class Daemon:
     def stop(self, hurry: Any, alive: Any) -> None:
         self.manager.shutdown(keep=self.manager.settings.keep_instances, hurry=hurry, alive=alive)
         self.router.close()
+        self.audit.close()
         log.info("stopped")
 
     def reload(self) -> list[str]:

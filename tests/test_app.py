@@ -76,7 +76,8 @@ def client(manager: FakeManager) -> FlaskClient:
 
 def client_of(manager: FakeManager, reload: Callable[[], list[str]] = lambda: ["log_level"]) -> FlaskClient:
     router = cast(Any, SimpleNamespace(manager=manager, watch=None))
-    return create_app(Deps(cast(Any, manager), router, reload)).test_client()
+    audit = cast(Any, SimpleNamespace(note=lambda *_: None))
+    return create_app(Deps(cast(Any, manager), router, reload, audit)).test_client()
 
 
 def error_of(answer: TestResponse) -> dict[str, Any]:

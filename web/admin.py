@@ -18,6 +18,7 @@ from instances.log_tail import follow, last_lines
 from router import Router
 from routing.client_watch import Watched
 from web import bodies
+from web.audit import LISTED, AuditLog
 
 blueprint = Blueprint("admin", __name__)
 
@@ -106,6 +107,13 @@ def list_gpus() -> Response:
 def reload() -> Response:
     reload_settings: Callable[[], list[str]] = current_app.extensions["reload"]
     return jsonify(object="reload", changed=reload_settings())
+
+
+@blueprint.get("/admin/audit")
+def audit() -> Response:
+    """Who managed what lately (web/audit.py), oldest first."""
+    audit_log: AuditLog = current_app.extensions["audit"]
+    return jsonify(object="list", data=audit_log.last(_whole_number("tail", TAIL_DEFAULT, LISTED)))
 
 
 @blueprint.get("/health")

@@ -6,6 +6,7 @@ is set, it is for clients on this machine only.  A browser page of another origi
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import ipaddress
 from collections.abc import Collection
@@ -46,6 +47,12 @@ def given_key(request: Request) -> str:
     """The key of `Authorization: Bearer` or, as Anthropic's SDK sends it, `x-api-key`; empty when there is none."""
     scheme, _, value = request.headers.get("Authorization", "").partition(" ")
     return value.strip() if scheme.lower() == "bearer" else request.headers.get("X-Api-Key", "")
+
+
+def who(request: Request) -> str:
+    """Who sent it, for logs: the beginning of its key's SHA-256, which tells keys apart and gives none away."""
+    key = given_key(request)
+    return f"key {hashlib.sha256(key.encode()).hexdigest()[:8]}" if key else "no key"
 
 
 def _check_key(request: Request, keys: Collection[str], why: str) -> None:
