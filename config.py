@@ -87,6 +87,7 @@ class Settings:
     probe_timeout_s: float
     api_keys: frozenset[str] = field(repr=False)
     admin_api_keys: frozenset[str] = field(repr=False)
+    allow_unsafe_params: bool
     flags_default: Mapping[str, Any]
     flags_config: Mapping[str, Any]
     flags_env: Mapping[str, Any]

@@ -154,6 +154,8 @@ SETTINGS: tuple[Setting, ...] = (
             secret=True),
     Setting(ACCESS, "ADMIN_API_KEYS", "admin_api_keys", "null", _keys,
             "Keys for management (and inference); none: management from this machine only", secret=True),
+    Setting(ACCESS, "ALLOW_UNSAFE_PARAMS", "allow_unsafe_params", "false", _boolean,
+            "Let the params of a request name files and code too, not only the configuration"),
     Setting(INSTANCES, "VLLM_COMMAND", "command", "vllm", _words, "The engine's command; `serve MODEL ...` follows it"),
     Setting(INSTANCES, "VLLM_BASE_PORT", "base_port", "9000", _whole(1024, 65535), "First port for instances"),
     Setting(INSTANCES, "VLLM_MAX_INSTANCES", "max_instances", "20", _whole(1, 10000), "Most instances at once"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from errors import Forbidden
 from instances import unsafe_flags
 from instances.flags import check_params
 from instances.unsafe_flags import UNSAFE_FLAGS
+from tests.daemon import Daemon
 
 
 def check(params: dict[str, Any], configured: dict[str, Any] | None = None) -> None:
@@ -62,3 +64,14 @@ def test_what_the_configuration_says_anyway_may_be_said_again() -> None:
     check({"trust_remote_code": True, "chat-template": "/srv/chat.jinja"}, configured)
     with pytest.raises(Forbidden):
         check({"chat_template": "/srv/other.jinja"}, configured)
+
+
+def test_the_daemon_refuses_them_unless_told_otherwise(tmp_path: Path) -> None:
+    wanted = {"model_name": "org/name", "params": {"middleware": "evil.M"}}
+    middleware = "params.middleware"
+    with Daemon(tmp_path / "strict") as daemon:
+        answer = daemon.post("/instances", wanted)
+        assert (answer.status, answer.error["code"], answer.error["param"]) == (403, "unsafe_param", middleware)
+        assert daemon.get("/instances").json["data"] == []
+    with Daemon(tmp_path / "free", {"ALLOW_UNSAFE_PARAMS": "true"}) as daemon:
+        assert daemon.post("/instances", wanted).status == 201

@@ -13,6 +13,8 @@ from flask import Blueprint, Response, current_app, jsonify, request
 import gpu
 from errors import BadRequest, LoadFailed, NotFound
 from instance_manager import InstanceManager
+from instances import unsafe_flags
+from instances.flags import merge_flags
 from instances.instance import InstanceView, State
 from instances.log_tail import follow, last_lines
 from router import Router
@@ -42,6 +44,10 @@ def list_instances() -> Response:
 @blueprint.post("/instances")
 def create_instance() -> tuple[Response, int, dict[str, str]]:
     wanted, wait = bodies.create_request(bodies.json_object(request, bodies.CREATE_FIELDS))
+    settings = _manager().settings
+    if not settings.allow_unsafe_params:
+        unsafe_flags.check(wanted.params, merge_flags(settings.flags_default, settings.flags_config,
+                                                      settings.flags_env), param="params")
     view, created = _manager().create(wanted)
     if wait:
         view = _await_start(view)
