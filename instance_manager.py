@@ -44,6 +44,8 @@ class CreateRequest:
     start_timeout_s: float | None = None
     replace: bool = False
     new: bool = False
+    sleep_level: int = 0
+    stop_after_s: float | None = None
 
 
 class InstanceManager(Registry):
@@ -83,9 +85,10 @@ class InstanceManager(Registry):
             if self._closing:
                 raise ShuttingDown("the daemon is shutting down and starts no instances")
             active = [one for one in self._instances.values() if one.spec.model == spec.model and one.state in ACTIVE]
-            same = next((one for one in active if one.spec.flags == spec.flags and one.spec.names == spec.names), None)
+            same = next((one for one in active if not _differences(one.spec, spec)), None)
             if same is not None and not request.new:
                 self._touch(same, request.timeout_s)
+                self._begin_wake(same, "created again")
                 return self._view(same), False
             if active and not (request.replace or request.new):
                 raise Conflict(_other_params(active[0], spec), code="instance_exists", param="params")
@@ -100,10 +103,7 @@ class InstanceManager(Registry):
                 if one.state in ACTIVE:
                     one.change_state(State.STOPPING, now, "replaced")
             self._forget_failed(spec.model)
-            view = self._view(instance)
-        for one in replaced:
-            self._wake(one.id)
-        return view, True
+            return self._view(instance), True
 
     def stop(self, instance_id: str, *, force: bool = False, why: str = "deleted") -> InstanceView:
         """Begin to drain and stop it; a failed one is just forgotten.  Raises NotFound."""
@@ -111,8 +111,38 @@ class InstanceManager(Registry):
             instance = self._find(instance_id)
             self._begin_stop(instance, Haste.KILL if force else Haste.DRAIN, why)
             view = self._view(instance)
-        self._wake(instance_id)
+        self._nudge(instance_id)
         return view
+
+    # --- sleep and wake -------------------------------------------------------------------------------------------
+
+    def sleep(self, instance_id: str, level: int | None = None) -> InstanceView:
+        """Begin to put it to sleep: no request enters any more, those in flight end first.  `level` 1 or 2; None: as
+        it was made for.  Nothing happens to one that sleeps or is about to.  Raises NotFound, Conflict."""
+        with self._changed:
+            instance = self._find(instance_id)
+            if not instance.spec.sleep_level:
+                raise Conflict(f"instance {instance_id} cannot be put to sleep: it was started without sleep mode; "
+                               "create it with \"sleep\": 1 (or 2), or set `sleep` in its entry of config.yaml",
+                               code="not_sleepable", param="instance_id")
+            if instance.state is State.READY:
+                self._begin_sleep(instance, level or instance.spec.sleep_level, "told to sleep")
+            elif instance.state not in (State.FALLING_ASLEEP, State.SLEEPING):
+                raise Conflict(f"instance {instance_id} is {instance.state}: only a ready one can be put to sleep",
+                               code="not_ready", param="instance_id")
+            return self._view(instance)
+
+    def wake(self, instance_id: str) -> InstanceView:
+        """Begin to wake it; nothing happens to one that is awake or about to be.  Raises NotFound, Conflict."""
+        with self._changed:
+            instance = self._find(instance_id)
+            self._begin_wake(instance, "told to wake")
+            if instance.state is State.FALLING_ASLEEP:
+                instance.wake_wanted = True
+            elif instance.state not in (State.READY, State.WAKING):
+                raise Conflict(f"instance {instance_id} is {instance.state}: only one that sleeps can be woken",
+                               code="not_sleeping", param="instance_id")
+            return self._view(instance)
 
     # --- life of the daemon ---------------------------------------------------------------------------------------
 
@@ -126,14 +156,17 @@ class InstanceManager(Registry):
         self._run(self._reaper)
 
     def tick(self, now: float) -> None:
-        """One round of the reaper: stop what is idle past its timeout."""
+        """One round of the reaper: what is idle past its timeout sleeps if it may, and is stopped otherwise."""
         with self._changed:
-            idle = [one for one in self._instances.values()
-                    if one.state in (State.READY, State.BACKOFF) and one.expired(now)]
-            for one in idle:
-                one.change_state(State.STOPPING, now, f"idle for {one.spec.timeout_s:g} s")
-        for one in idle:
-            self._wake(one.id)
+            for one in list(self._instances.values()):
+                if not one.expired(now):
+                    continue
+                if one.state is State.SLEEPING:
+                    self._begin_stop(one, Haste.DRAIN, f"asleep for {one.spec.stop_after_s:g} s")
+                elif one.state is State.READY and one.spec.sleep_level:
+                    self._begin_sleep(one, one.spec.sleep_level, f"idle for {one.spec.timeout_s:g} s", drowsy=True)
+                elif one.state in (State.READY, State.BACKOFF):
+                    self._begin_stop(one, Haste.DRAIN, f"idle for {one.spec.timeout_s:g} s")
 
     def shutdown(self, *, keep: bool, hurry: Callable[[], bool] = lambda: False,
                  alive: Callable[[], None] = lambda: None) -> None:
@@ -180,7 +213,7 @@ class InstanceManager(Registry):
         names = (given,) if isinstance(given, str) else tuple(str(name) for name in given)
         return InstanceSpec(
             model=request.model, names=tuple(dict.fromkeys((*names, request.model))), flags=flags,
-            params=dict(request.params),
+            params=dict(request.params), sleep_level=request.sleep_level, stop_after_s=request.stop_after_s,
             timeout_s=settings.default_timeout_s if request.timeout_s is None else request.timeout_s,
             start_timeout_s=settings.start_timeout_s if request.start_timeout_s is None else request.start_timeout_s)
 
@@ -239,6 +272,7 @@ class InstanceManager(Registry):
             id=record.id, spec=record.spec, created_at=record.created_at, last_used=now, changed_at=now,
             log_path=str(log_path), port=record.port, devices=record.devices if engine else (),
             restarts=record.restarts, pid=engine.pid if engine else None,
+            asleep_level=record.asleep_level if engine else 0,
             why="found again" if engine else "no engine of it was running; starting anew")
         if engine is not None and record.port is not None:
             self.resources.ports.take(record.id, record.port)
@@ -250,13 +284,13 @@ class InstanceManager(Registry):
                 self._begin_stop(instance, Haste.DRAIN, "it was being stopped")
         log.info("%s (%s): %s", record.id, record.spec.model, instance.why)
         self._run_keeper(instance, Keeper(
-            instance, self, self.resources, engine=engine, served_before=record.state in (State.READY, State.STOPPING),
+            instance, self, self.resources, engine=engine, was=record.state,
             remains=None if engine else lambda: launcher.end_remains(record.id, record.engine)))
 
     # --- ends -----------------------------------------------------------------------------------------------------
 
     def _begin_stop(self, instance: Instance, haste: Haste, why: str) -> None:
-        """Caller holds the lock, and wakes the keeper when it has let go of it."""
+        """Caller holds the lock, and nudges the keeper when it has let go of it: the haste may have grown."""
         instance.haste = max(instance.haste, haste)
         if instance.state is State.FAILED:
             self._drop(instance, why)
@@ -279,7 +313,7 @@ class InstanceManager(Registry):
                 for one in left:
                     self._begin_stop(one, haste, "the daemon ends")
             for one in left:
-                self._wake(one.id)
+                self._nudge(one.id)
 
     # --- the keepers' threads -------------------------------------------------------------------------------------
 
@@ -299,7 +333,14 @@ class InstanceManager(Registry):
             self._loops[instance.id] = loop
         self._run(loop)
 
-    def _wake(self, instance_id: str) -> None:
+    def _on_change(self, instance: Instance, old: State) -> None:
+        """A new state is something for its keeper to do.  Caller holds the lock."""
+        super()._on_change(instance, old)
+        if (loop := self._loops.get(instance.id)) is not None:
+            loop.wake()
+
+    def _nudge(self, instance_id: str) -> None:
+        """Its keeper has something to do, though its state is the same."""
         with self._changed:
             loop = self._loops.get(instance_id)
         if loop is not None:
@@ -317,9 +358,19 @@ class InstanceManager(Registry):
                 alive()
 
 
+def _differences(mine: InstanceSpec, theirs: InstanceSpec) -> list[str]:
+    """The names of what would make another engine of it; idle times and the like do not."""
+    flags = {name for name in mine.flags.keys() | theirs.flags.keys()
+             if mine.flags.get(name) != theirs.flags.get(name)}
+    fields = {shown for name, shown in _ENGINE_FIELDS.items() if getattr(mine, name) != getattr(theirs, name)}
+    return sorted(flags | fields)
+
+
+_ENGINE_FIELDS = {"names": "served_model_name", "sleep_level": "sleep", "env": "env", "gpus": "gpus",
+                  "memory_bytes": "memory_mb", "hf_token": "hf_token"}
+
+
 def _other_params(active: Instance, spec: InstanceSpec) -> str:
-    mine, theirs = dict(spec.flags), dict(active.spec.flags)
-    different = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
-    what = ", ".join(different) or "served_model_name"
-    return (f"{spec.model} is active as instance {active.id} with other params ({what}): send \"replace\": true to "
-            "drain it and start anew with these, or \"new\": true for one more replica")
+    return (f"{spec.model} is active as instance {active.id} with other params "
+            f"({', '.join(_differences(active.spec, spec))}): send \"replace\": true to drain it and start anew with "
+            "these, or \"new\": true for one more replica")

@@ -321,7 +321,7 @@ class Router:
             return LOOK_S
 
     def _raise_if_failed(self, candidates: list[Candidate], what: str) -> None:
-        if any(candidate.state in (State.STARTING, State.BACKOFF) for candidate in candidates):
+        if any(candidate.state in ACTIVE for candidate in candidates):
             return
         failed = next((one for one in candidates if one.state is State.FAILED), None)
         found = self.manager.problem_of(failed.id) if failed is not None else None

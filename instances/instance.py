@@ -2,16 +2,24 @@
 
 What each state means:
 
-======== ============================ ======================================
-state    memory of the device         requests
-======== ============================ ======================================
-starting being taken                  wait
-ready    held                         enter, each with a lease
-backoff  being freed, then free       wait for the next start
-stopping held until the drain ends    those with a lease finish, none enters
-stopped  free                         none; the record is gone
-failed   free                         are told the cause
-======== ============================ ======================================
+============== ================================ ======================================
+state          memory of the device             requests
+============== ================================ ======================================
+starting       being taken                      wait
+ready          held                             enter, each with a lease
+falling_asleep held, then given back            those with a lease finish, others wait
+sleeping       the weights are in the host's    wait, and it wakes for them
+               RAM (level 1) or gone (level 2),
+               the KV cache is gone
+waking         being taken again                wait
+backoff        being freed, then free           wait for the next start
+stopping       held until the drain ends        those with a lease finish, none enters
+stopped        free                             none; the record is gone
+failed         free                             are told the cause
+============== ================================ ======================================
+
+An engine that an earlier daemon left is `starting` until its state is known, and may be found in any of the four
+states of one that serves.
 """
 
 from __future__ import annotations
@@ -35,6 +43,9 @@ BACKOFF_LIMIT_S = 60.0
 class State(StrEnum):
     STARTING = "starting"
     READY = "ready"
+    FALLING_ASLEEP = "falling_asleep"
+    SLEEPING = "sleeping"
+    WAKING = "waking"
     BACKOFF = "backoff"
     STOPPING = "stopping"
     STOPPED = "stopped"
@@ -42,16 +53,23 @@ class State(StrEnum):
 
 
 EDGES: Mapping[State, frozenset[State]] = {
-    State.STARTING: frozenset({State.READY, State.BACKOFF, State.FAILED, State.STOPPING}),
-    State.READY: frozenset({State.BACKOFF, State.FAILED, State.STOPPING}),
+    State.STARTING: frozenset({State.READY, State.FALLING_ASLEEP, State.SLEEPING, State.WAKING, State.BACKOFF,
+                               State.FAILED, State.STOPPING}),
+    State.READY: frozenset({State.FALLING_ASLEEP, State.BACKOFF, State.FAILED, State.STOPPING}),
+    State.FALLING_ASLEEP: frozenset({State.READY, State.SLEEPING, State.BACKOFF, State.FAILED, State.STOPPING}),
+    State.SLEEPING: frozenset({State.WAKING, State.BACKOFF, State.FAILED, State.STOPPING}),
+    State.WAKING: frozenset({State.READY, State.SLEEPING, State.BACKOFF, State.FAILED, State.STOPPING}),
     State.BACKOFF: frozenset({State.STARTING, State.FAILED, State.STOPPING}),
     State.STOPPING: frozenset({State.STOPPED}),
     State.FAILED: frozenset({State.STOPPED}),
     State.STOPPED: frozenset(),
 }
 
-ACTIVE = frozenset({State.STARTING, State.READY, State.BACKOFF})
+ACTIVE = frozenset({State.STARTING, State.READY, State.FALLING_ASLEEP, State.SLEEPING, State.WAKING, State.BACKOFF})
 """Will serve, now or soon: what a create finds and what a request may wait for."""
+
+SERVED = frozenset({State.READY, State.FALLING_ASLEEP, State.SLEEPING, State.WAKING, State.STOPPING})
+"""An engine that was in one of these had answered to its name before."""
 
 
 class Haste(IntEnum):
@@ -70,8 +88,19 @@ class InstanceSpec:
     names: tuple[str, ...]              # --served-model-name, the first stands in every response
     flags: Mapping[str, Any]            # merged from all layers, without the daemon's own
     params: Mapping[str, Any]           # the request's share of the flags, as it was sent
-    timeout_s: float                    # idle time after which it is stopped; 0: never
+    timeout_s: float                    # idle time after which it sleeps, or is stopped if it may not; 0: never
     start_timeout_s: float
+    sleep_level: int = 0                # 0: it is never put to sleep; 1 or 2: what it does when it idles
+    stop_after_s: float | None = None   # a sleeper is stopped after so long asleep; None: when its place is wanted
+    env: Mapping[str, str] = field(default_factory=dict)    # for its engine alone
+    gpus: int | tuple[int, ...] | None = None               # how many, or which ones; None: as its flags say
+    memory_bytes: int | None = None     # the whole of what it takes, if the user knows it, over all its devices
+    param_count: float | None = None    # billions
+    precision: str | None = None
+    priority: int = 0                   # higher stays longer
+    pinned: bool = False                # never evicted
+    config_id: str | None = None        # the entry of the catalog that it was made from
+    hf_token: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -143,6 +172,8 @@ class InstanceView:
     last_error: Problem | None
     log_path: str
     engine: Mapping[str, Any]
+    asleep_level: int = 0               # how deep it sleeps, 0 while it is awake
+    because: str = ""                   # why it stands on these devices, and who went for it
 
 
 @dataclass(frozen=True)
@@ -185,6 +216,10 @@ class Instance:
     last_error: Problem | None = None
     haste: Haste = Haste.DRAIN
     after: frozenset[str] = frozenset() # ids that must be gone before this one starts (a replacement)
+    asleep_level: int = 0               # as the engine was last told: 0 awake, else how deep it sleeps
+    drowsy: bool = False                # it falls asleep for want of requests alone: the next one keeps it up
+    wake_wanted: bool = False           # as soon as it sleeps
+    because: str = ""                   # why it stands where it does
     engine: Mapping[str, Any] = field(default_factory=dict)  # facts of its start-up log
     on_change: Callable[[Instance, State], None] | None = None
 
@@ -229,10 +264,15 @@ class Instance:
         return 0.0 if self.leases or self.waiting else max(0.0, now - self.last_used)
 
     def expired(self, now: float) -> bool:
-        """Whether nobody wants it any more, by its own idle clock."""
-        return 0 < self.spec.timeout_s <= self.idle_for(now)
+        """Whether nobody wants it any more, by its own clocks: awake the idle one, asleep the time since then."""
+        left_s = self.expires_in(now)
+        return left_s is not None and left_s <= 0 and not self.leases and not self.waiting
 
     def expires_in(self, now: float) -> float | None:
+        """Seconds until it sleeps or, if it may not or does so already, is stopped; None: no time is set."""
+        if self.state is State.SLEEPING:
+            limit_s = self.spec.stop_after_s
+            return None if limit_s is None else max(0.0, limit_s - (now - self.changed_at))
         if self.spec.timeout_s <= 0 or self.state not in ACTIVE:
             return None
         return max(0.0, self.spec.timeout_s - self.idle_for(now))
@@ -245,4 +285,5 @@ class Instance:
             in_flight=len(self.leases), created_at=self.created_at, last_used_at=wall - (now - self.last_used),
             expires_in_s=self.expires_in(now), restarts=self.restarts,
             retry_in_s=max(0.0, self.retry_at - now) if self.state is State.BACKOFF and self.retry_at else None,
-            last_error=self.last_error, log_path=self.log_path, engine=dict(self.engine))
+            last_error=self.last_error, log_path=self.log_path, engine=dict(self.engine),
+            asleep_level=self.asleep_level, because=self.because)

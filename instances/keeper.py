@@ -8,24 +8,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 from errors import DaemonError, EngineDied, EngineStopped, NoFreePort, NoRoom
-from instances import downloads, probe
-from instances.instance import Haste, Instance, Problem, State
+from instances import probe, sleeping
+from instances.instance import SERVED, Haste, Instance, Problem, State
 from instances.launcher import Engine, LaunchRefused, LaunchSpec
-from instances.log_file import LogReader, prune_logs, read_tail
+from instances.log_file import prune_logs, read_tail
 from instances.registry import Registry
 from instances.resources import LOGS_KEPT, Resources
+from instances.settling import Settling
+from instances.sleeping import Talk
 from instances.sockets import Listener
+from instances.start_watch import StartWatch
 from instances.startup_log import StartupLog
 from instances.store import Record
 from instances.watchdog import Verdict, Watchdog
 
 log = logging.getLogger("vllm_server.keeper")
 
-STEP_S = {State.STARTING: 0.1, State.READY: 0.25, State.BACKOFF: 0.1, State.STOPPING: 0.05}
+STEP_S = {State.STARTING: 0.1, State.READY: 0.25, State.FALLING_ASLEEP: 0.02, State.SLEEPING: 0.25,
+          State.WAKING: 0.02, State.BACKOFF: 0.1, State.STOPPING: 0.05}
 DEVICE_STEP_S = 0.5         # while it waits for a device: all of them are read each time
 HOUSEKEEPING_S = 5.0
 LAST_WORDS_S = 1.0          # a dying API server tells its clients within 0.1 s; then it is ended
@@ -33,24 +36,24 @@ CUT_WAIT_S = 2.0            # for request threads to let go of a connection that
 SETTLE_S = 0.5              # vLLM aborts a request 0.06 s after its client has left; SIGTERM must not come sooner
 TURN_PATIENCE_S = 30.0      # a stop waits so long for another instance to be done on the same GPU
 ADOPTED_READY_S = 30.0      # an engine that served before and is silent now is restarted after so long
-DOWNLOAD_LOOK_S = 2.0
 MEASURE_S = 30.0            # the kernel counts an engine's pages for it, 0.1 s of work that holds the engine up
 
 
 class Keeper:
     """`tick` returns the seconds until it wants to be called again, or False when there is nothing left to keep.
 
-    `engine` is one that an earlier daemon left running, `served_before` whether it had been ready; `remains` ends what
-    such a daemon left of an engine that does not run any more.
+    `engine` is one that an earlier daemon left running and `was` the state it was in; `remains` ends what such a
+    daemon left of an engine that does not run any more.
     """
 
     def __init__(self, instance: Instance, registry: Registry, resources: Resources, *, engine: Engine | None = None,
-                 served_before: bool = False, remains: Callable[[], object] | None = None) -> None:
+                 was: State = State.STARTING, remains: Callable[[], object] | None = None) -> None:
         self._instance = instance
         self._registry = registry
         self._resources = resources
         self._engine = engine
-        self._served = served_before
+        self._was = was
+        self._served = engine is not None and was in SERVED
         self._remains = remains
         self._holds_nothing = False         # no process, port or turn, and no request on its connections
         self._waits_for_device = False
@@ -62,14 +65,16 @@ class Keeper:
         self._term_at: float | None = None
         self._health: probe.Probe | None = None
         self._watchdog: Watchdog | None = None
-        self._follow_start(registry.clock(), ADOPTED_READY_S if served_before else instance.spec.start_timeout_s)
+        self._talk: Talk | None = None
+        self._follow_start(registry.clock(), ADOPTED_READY_S if self._served else instance.spec.start_timeout_s)
 
     def tick(self, now: float) -> float | bool:
         if self._remains is not None:
             self._remains()
             self._remains = None
         steps: dict[State, Callable[[float], None]] = {
-            State.STARTING: self._start, State.READY: self._watch, State.BACKOFF: self._back_off,
+            State.STARTING: self._start, State.READY: self._watch, State.FALLING_ASLEEP: self._fall_asleep,
+            State.SLEEPING: self._rest, State.WAKING: self._wake_up, State.BACKOFF: self._back_off,
             State.STOPPING: self._stop}
         state = self._instance.state
         self._waits_for_device = False
@@ -102,32 +107,22 @@ class Keeper:
 
     def _follow_start(self, now: float, limit_s: float) -> None:
         """Watch an engine's start from now on; it has `limit_s` seconds."""
-        spec = self._instance.spec
-        self._log = StartupLog()
-        self._reader = LogReader(Path(self._instance.log_path))
-        self._download: downloads.DownloadWatch | None = None
-        if self._engine is not None:
-            self._download = downloads.DownloadWatch(downloads.cache_folder(
-                spec.model, self._resources.environment, spec.flags.get("download_dir")), now)
-        self._looked_at, self._limit_s, self._deadline = now, limit_s, now + limit_s
+        self._start_watch = StartWatch(self._instance.spec, Path(self._instance.log_path),
+                                       self._resources.environment, now, limit_s)
 
     def _start(self, now: float) -> None:
         if self._engine is None:
             self._launch(now)
             return
-        self._log.feed(self._reader.read())
-        self._reader.trim(self._resources.settings.instance_log_bytes)
-        phase = self._watch_download(now)
-        self._registry.note_phase(self._instance, phase, self._log.progress)
+        watch = self._start_watch
+        watch.look(now, self._resources.settings.instance_log_bytes)
+        self._registry.note_phase(self._instance, watch.phase, watch.progress)
         if not self._engine.running():
             self._fail_start()
         elif self._health_answers():
             self._become_ready(now)
-        elif now >= self._deadline:
-            self._fail(Problem(
-                "start_timeout", f"{self._instance.spec.model} was not ready within {self._limit_s:g} s (it hung in "
-                f"phase {phase}); its log tells more, and start_timeout in the request or START_TIMEOUT gives it "
-                "longer", status=504, permanent=not self._served))
+        elif watch.late(now):
+            self._fail(watch.lateness(permanent=not self._served))
 
     def _launch(self, now: float) -> None:
         if self._registry.waits_for_old(self._instance):
@@ -160,15 +155,6 @@ class Keeper:
             instance_id=instance.id, argv=resources.command_line(instance.spec, port),
             env=resources.engine_environment(instance.spec, plan.visible), log_path=Path(instance.log_path)))
 
-    def _watch_download(self, now: float) -> str:
-        """The phase; while a download grows, the deadline moves on."""
-        if self._download is None:
-            return self._log.phase
-        if now - self._looked_at >= DOWNLOAD_LOOK_S:
-            self._looked_at = now
-            self._deadline += self._download.look(now)
-        return "downloading" if self._download.growing(now) else self._log.phase
-
     def _health_answers(self) -> bool:
         assert self._instance.port is not None
         if self._health is None:
@@ -186,13 +172,34 @@ class Keeper:
             return
         answer = probe.wait(probe.models(self._instance.port))
         names = tuple(probe.model_names(answer.body)) if answer is not None else ()
+        state = self._adopted_state() if self._served else State.READY
         self._engine.watch_core()
         self._served = True
         self._measure(now)
+        self._watch_ready()
+        if state is State.READY:
+            self._resources.end_turn(self._instance.id)
+        self._registry.became_ready(self._instance, names, self._start_watch.facts(), state)
+
+    def _adopted_state(self) -> State:
+        """What the engine of an earlier daemon is doing.
+
+        One that was told to sleep or to wake when that daemon died is told so again, and then knows of no other.
+        """
+        assert self._instance.port is not None
+        if self._was in (State.FALLING_ASLEEP, State.WAKING):
+            return self._was
+        if self._instance.spec.sleep_level and probe.says_it_sleeps(
+                probe.wait(probe.is_sleeping(self._instance.port))):
+            return State.SLEEPING
+        return State.READY
+
+    def _watch_ready(self) -> None:
+        """It serves from now on: look after it."""
+        assert self._instance.port is not None
+        now = self._registry.clock()
         self._housekeeping_at = now + HOUSEKEEPING_S
-        self._watchdog = Watchdog(self._instance.port, self._instance.spec.names[0], self._registry.clock())
-        self._resources.end_turn(self._instance.id)
-        self._registry.became_ready(self._instance, names, _known_facts(self._log))
+        self._watchdog = Watchdog(self._instance.port, self._instance.spec.names[0], now)
 
     def _check_listener(self, engine: Engine, port: int) -> Problem | None:
         """Health was answered: by this engine, and to this machine only?"""
@@ -208,28 +215,17 @@ class Keeper:
 
     def _fail_start(self) -> None:
         assert self._engine is not None
-        for piece in self._reader.read_rest():
-            self._log.feed(piece)
-        cause = self._log.cause(self._engine.exit_code(), self._instance.spec.model)
-        if cause.code == "port_in_use" and self._instance.port is not None:
+        problem = self._start_watch.cause(self._engine.exit_code())
+        if problem.code == "port_in_use" and self._instance.port is not None:
             self._avoid.add(self._instance.port)
-        self._fail(Problem(cause.code, cause.message, cause.detail, cause.status, cause.permanent, cause.suggestion))
+        self._fail(problem)
 
     # --- ready ----------------------------------------------------------------------------------------------------
 
     def _watch(self, now: float) -> None:
-        assert self._engine is not None and self._watchdog is not None
-        if not self._engine.running():
-            self._died(f"its server process {self._engine.pid} ended (exit code {self._engine.exit_code()})")
+        assert self._watchdog is not None
+        if not self._lives(now):
             return
-        if (dead := self._engine.dead_core()) is not None:
-            self._died(f"its engine process {dead} ended")
-            return
-        if now >= self._housekeeping_at:
-            self._housekeeping_at = now + HOUSEKEEPING_S
-            self._reader.trim(self._resources.settings.instance_log_bytes)
-        if now >= self._measure_at:
-            self._measure(now)
         settings = self._resources.settings
         verdict = self._watchdog.look(now, last_success=self._instance.last_success,
                                       interval_s=settings.probe_interval_s, timeout_s=settings.probe_timeout_s)
@@ -239,6 +235,22 @@ class Keeper:
                 f"within {settings.probe_timeout_s:g} s and no tokens were made meanwhile; it is restarted"))
         elif verdict is not None:
             self._died(verdict.value)
+
+    def _lives(self, now: float) -> bool:
+        """Whether its processes are all there; then its log and its figures are kept, too."""
+        assert self._engine is not None
+        if not self._engine.running():
+            self._died(f"its server process {self._engine.pid} ended (exit code {self._engine.exit_code()})")
+            return False
+        if (dead := self._engine.dead_core()) is not None:
+            self._died(f"its engine process {dead} ended")
+            return False
+        if now >= self._housekeeping_at:
+            self._housekeeping_at = now + HOUSEKEEPING_S
+            self._start_watch.reader.trim(self._resources.settings.instance_log_bytes)
+        if now >= self._measure_at:
+            self._measure(now)
+        return True
 
     def _measure(self, now: float) -> None:
         assert self._engine is not None
@@ -253,6 +265,97 @@ class Keeper:
         known = "" if cause.code == "exited" else f": {cause.detail or cause.message}"
         self._fail(Problem("engine_died", f"the engine of {self._instance.spec.model} died, {what}{known}",
                            cause.detail))
+
+    # --- asleep, and on the way there and back --------------------------------------------------------------------
+
+    def _fall_asleep(self, now: float) -> None:
+        """Drain, wait for the turn, and tell it to sleep: from then on there is only one way."""
+        instance = self._instance
+        if self._talk is None:
+            self._watch(now)    # who is in flight may depend on it
+            if instance.state is not State.FALLING_ASLEEP or self._drains_for_sleep(now):
+                return
+            self._stop_watchdog()
+            self._save(now)     # a daemon that dies now must know that its engine was told
+            assert instance.port is not None
+            self._registry.note_phase(instance, "falling_asleep")
+            self._talk = Talk(sleeping.put_to_sleep(instance.port, instance.asleep_level, self._settled()), now)
+        elif not self._lives(now):
+            return
+        if not self._talk.poll(now):
+            return
+        problem, self._talk = self._talk.problem, None
+        self._measure(now)
+        self._resources.end_turn(instance.id)
+        if problem is None:
+            self._registry.fell_asleep(instance)
+        else:
+            self._registry.sleep_failed(instance, Problem(
+                "sleep_failed", f"{instance.spec.model} was not put to sleep: {problem}; it is stopped"))
+
+    def _drains_for_sleep(self, now: float) -> bool:
+        """Whether it cannot be told yet, or not any more: a request may have come before it was."""
+        if self._instance.leases:
+            self._registry.note_phase(self._instance, "draining")
+            return True
+        if self._takes_turn(now) and self._registry.may_fall_asleep(self._instance):
+            return False
+        if self._instance.state is State.READY:
+            self._resources.end_turn(self._instance.id)
+        return True
+
+    def _rest(self, now: float) -> None:
+        """Nothing is asked of a sleeper: it would keep the question until it wakes."""
+        self._stop_watchdog()
+        self._lives(now)
+
+    def _wake_up(self, now: float) -> None:
+        instance = self._instance
+        self._stop_watchdog()
+        if not self._lives(now):
+            return
+        if self._talk is None:
+            if not self._takes_turn(now):
+                return
+            self._save(now)
+            assert instance.port is not None
+            self._registry.note_phase(instance, "waking")
+            self._talk = Talk(sleeping.wake_up(
+                instance.port, instance.spec.names[0], instance.asleep_level, self._settled(),
+                self._resources.settings.probe_timeout_s), now)
+        if not self._talk.poll(now):
+            return
+        problem, self._talk = self._talk.problem, None
+        if problem is None:
+            self._measure(now)
+            self._watch_ready()
+            self._resources.end_turn(instance.id)
+            self._registry.woke(instance)
+        else:
+            self._registry.wake_failed(instance, Problem(
+                "wake_failed", f"{instance.spec.model} did not wake: {problem}; it is restarted"))
+
+    def _takes_turn(self, now: float) -> bool:
+        mine = self._resources.take_turn(self._instance.id, self._instance.devices, now)
+        if not mine:
+            self._registry.note_phase(self._instance, "waiting_for_device")
+            self._waits_for_device = True
+        return mine
+
+    def _settled(self) -> Callable[[], bool]:
+        """Whether the memory of its devices stands still; asked again and again."""
+        settling = Settling(self._resources.devices.read, self._instance.devices)
+        return lambda: settling.look(self._registry.clock())
+
+    def _stop_watchdog(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.close()
+            self._watchdog = None
+
+    def _stop_talk(self) -> None:
+        if self._talk is not None:
+            self._talk.close()
+            self._talk = None
 
     # --- failing --------------------------------------------------------------------------------------------------
 
@@ -278,9 +381,9 @@ class Keeper:
         """End the tree and what waits on it, then free port and devices; True when no process is left."""
         if self._health is not None:
             self._health.close()
-        if self._watchdog is not None:
-            self._watchdog.close()
-        self._health = self._watchdog = None
+            self._health = None
+        self._stop_watchdog()
+        self._stop_talk()
         self._registry.cut_leases(self._instance, error)
         if self._engine is not None:
             if not self._engine.destroy() and self._instance.state is State.BACKOFF:
@@ -295,8 +398,8 @@ class Keeper:
 
     def _stop(self, now: float) -> None:
         """Drain, cut, SIGTERM, SIGKILL: each step only when the one before is over."""
-        if self._watchdog is not None:
-            self._watchdog.close()
+        self._stop_watchdog()
+        self._stop_talk()
         if self._drains(now) or self._settles(now) or self._terminates(now):
             return
         instance = self._instance
@@ -341,10 +444,6 @@ class Keeper:
             return True
         log.warning("%s: still there %g s after SIGTERM; killing it", self._instance.id, limit_s)
         return False
-
-
-def _known_facts(start: StartupLog) -> dict[str, object]:
-    return {name: value for name, value in asdict(start.facts).items() if value is not None}
 
 
 def _problem_of_launch(model: str, error: DaemonError | OSError) -> Problem:

@@ -84,6 +84,33 @@ def metrics(port: int) -> Probe:
     return Probe(port, "GET", "/metrics")
 
 
+def sleep(port: int, level: int) -> Probe:
+    """Answered when it sleeps; `wait`: what is in flight ends first (vLLM's own default would break it off)."""
+    return Probe(port, "POST", f"/sleep?level={level}&mode=wait")
+
+
+def wake_up(port: int, tags: str | None = None) -> Probe:
+    """All of it, or one part of its memory: `weights` or `kv_cache`."""
+    return Probe(port, "POST", f"/wake_up?tags={tags}" if tags else "/wake_up")
+
+
+def reload_weights(port: int) -> Probe:
+    """What level 2 has thrown away is read again from the files."""
+    return Probe(port, "POST", "/collective_rpc", {"method": "reload_weights"})
+
+
+def is_sleeping(port: int) -> Probe:
+    """In any depth, and on the way there too."""
+    return Probe(port, "GET", "/is_sleeping")
+
+
+def says_it_sleeps(answer: Answer | None) -> bool:
+    try:
+        return answer is not None and answer.status == 200 and json.loads(answer.body)["is_sleeping"] is True
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
 def inference(port: int, model: str, path: str) -> Probe:
     """The smallest request of one kind that must pass through the engine."""
     return Probe(port, "POST", path, {"model": model, **INFERENCE[path]})

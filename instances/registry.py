@@ -10,7 +10,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +22,7 @@ from instances.placement import Plan
 
 FAILED_KEPT = 100     # failed instances that are listed with their cause until deleted; the oldest go first
 ENDED_KEPT = 100      # ended ones of which the reason is remembered
+DEEPEST = 2           # an engine that sleeps somehow is woken as one of this level
 LOOK_S = 0.5          # how often one who waits is asked whether anybody still wants the answer
 
 
@@ -37,6 +38,7 @@ class Registry:
         self._ended: deque[tuple[str, str]] = deque(maxlen=ENDED_KEPT)
         self._closing = False       # nothing starts any more and no request waits for a start
         self._detaching = False     # and the instances are left to the next daemon
+        self._counters: Counter[str] = Counter()
 
     # --- readers --------------------------------------------------------------------------------------------------
 
@@ -84,6 +86,12 @@ class Registry:
         with self._changed:
             return sum(len(one.leases) for one in self._instances.values())
 
+    @property
+    def counters(self) -> dict[str, int]:
+        """What has happened since the daemon began, by name: loads, restarts, sleeps, wakes, wake_fallbacks, ..."""
+        with self._changed:
+            return dict(self._counters)
+
     def log_paths(self) -> list[Path]:
         with self._changed:
             return [Path(one.log_path) for one in self._instances.values()]
@@ -111,8 +119,8 @@ class Registry:
     def wait_for_change(self, timeout_s: float, wanted: Collection[str] = ()) -> None:
         """Block until any instance changes its state, at most `timeout_s` seconds.
 
-        The `wanted` ones have a request waiting for them: they do not idle meanwhile, and it does not wait when one
-        of them is ready already.  Raises ShuttingDown: what is not ready now will not be.
+        The `wanted` ones have a request waiting for them: they do not idle meanwhile, those that sleep are woken, and
+        it does not wait when one of them is ready already.  Raises ShuttingDown: what is not ready now will not be.
         """
         with self._changed:
             if self._closing:
@@ -120,6 +128,8 @@ class Registry:
             found = [one for one in map(self._instances.get, wanted) if one is not None]
             if any(one.state is State.READY for one in found):
                 return
+            for one in found:
+                self._begin_wake(one, "a request waits for it")
             with self._waiting_for(found):
                 self._changed.wait(timeout_s)
             if self._closing:
@@ -167,18 +177,71 @@ class Registry:
             if instance.state in ACTIVE:
                 instance.memory_measured_bytes = measured_bytes
 
-    def became_ready(self, instance: Instance, names: tuple[str, ...], facts: Mapping[str, Any]) -> bool:
-        """False when it was stopped meanwhile."""
+    def became_ready(self, instance: Instance, names: tuple[str, ...], facts: Mapping[str, Any],
+                     found: State = State.READY) -> bool:
+        """Its engine answers; one that an earlier daemon left may be `found` asleep.  False when it was stopped
+        meanwhile."""
         with self._changed:
             if instance.state is not State.STARTING:
                 return False
             now = self.clock()
             instance.names = _names(instance.spec, names)
-            instance.last_used, instance.phase, instance.progress = now, "ready", 1.0
+            instance.last_used, instance.phase, instance.progress = now, str(found), 1.0
             instance.engine = facts
+            if found is State.READY:
+                instance.asleep_level = 0
+            else:
+                instance.asleep_level = instance.asleep_level or instance.spec.sleep_level or DEEPEST
             self._index()
-            instance.change_state(State.READY, now, "health answered")
+            instance.change_state(found, now, "health answered" if found is State.READY else "found so")
             return True
+
+    def may_fall_asleep(self, instance: Instance) -> bool:
+        """The last moment before its engine is told.  False: it is wanted again, or was stopped meanwhile."""
+        with self._changed:
+            if instance.state is not State.FALLING_ASLEEP:
+                return False
+            if instance.drowsy and instance.waiting:
+                instance.asleep_level, instance.phase = 0, "ready"
+                instance.change_state(State.READY, self.clock(), "a request came before it slept")
+                return False
+            instance.drowsy = False
+            return True
+
+    def fell_asleep(self, instance: Instance) -> None:
+        with self._changed:
+            if instance.state is State.FALLING_ASLEEP:
+                self._counters["sleeps"] += 1
+                instance.phase = "sleeping"
+                instance.change_state(State.SLEEPING, self.clock(), instance.why)
+                if instance.waiting or instance.wake_wanted:
+                    self._begin_wake(instance, "a request waits for it" if instance.waiting else "told to wake")
+
+    def woke(self, instance: Instance) -> None:
+        with self._changed:
+            if instance.state is State.WAKING:
+                self._counters["wakes"] += 1
+                now = self.clock()
+                instance.asleep_level, instance.phase, instance.last_used = 0, "ready", now
+                instance.change_state(State.READY, now, f"awake: {instance.why}")
+
+    def sleep_failed(self, instance: Instance, problem: Problem) -> None:
+        """Nobody knows what its engine holds and takes now: it is ended, and started anew if a request waits."""
+        with self._changed:
+            self._counters["sleep_failures"] += 1
+            instance.last_error = problem
+            if instance.state is State.FALLING_ASLEEP:
+                if instance.waiting:
+                    self._restart_now(instance, problem)
+                else:
+                    instance.change_state(State.STOPPING, self.clock(), problem.message)
+
+    def wake_failed(self, instance: Instance, problem: Problem) -> None:
+        with self._changed:
+            self._counters["wake_fallbacks"] += 1
+            instance.last_error = problem
+            if instance.state is State.WAKING:
+                self._restart_now(instance, problem)
 
     def record_problem(self, instance: Instance, problem: Problem) -> None:
         """Backoff or failed, as the problem and the count of failures say; nothing when it is being stopped."""
@@ -187,6 +250,9 @@ class Registry:
             if instance.state not in ACTIVE:
                 return
             now = self.clock()
+            if instance.state is State.SLEEPING and instance.spec.config_id is not None:
+                instance.change_state(State.STOPPING, now, problem.message)     # the next request starts it
+                return
             delay_s = instance.record_failure(now)
             if problem.permanent or delay_s is None:
                 why = problem.message if problem.permanent else f"failed too often; at last: {problem.message}"
@@ -201,7 +267,8 @@ class Registry:
             due = instance.state is State.BACKOFF and instance.retry_at is not None and now >= instance.retry_at
             if due:
                 instance.restarts += 1
-                instance.retry_at = None
+                self._counters["restarts"] += 1
+                instance.retry_at, instance.asleep_level = None, 0
                 instance.change_state(State.STARTING, now, "restart")
             return due
 
@@ -243,6 +310,21 @@ class Registry:
         while (instance_id := secrets.token_hex(4)) in used:
             pass
         return instance_id
+
+    def _begin_sleep(self, instance: Instance, level: int, why: str, *, drowsy: bool = False) -> None:
+        """It must be ready."""
+        instance.asleep_level, instance.drowsy, instance.wake_wanted = level, drowsy, False
+        instance.change_state(State.FALLING_ASLEEP, self.clock(), why)
+
+    def _begin_wake(self, instance: Instance, why: str) -> None:
+        """Nothing when it does not sleep."""
+        if instance.state is State.SLEEPING:
+            instance.change_state(State.WAKING, self.clock(), why)
+
+    def _restart_now(self, instance: Instance, problem: Problem) -> None:
+        now = self.clock()
+        instance.retry_at = now
+        instance.change_state(State.BACKOFF, now, f"started anew: {problem.message}")
 
     def _register(self, instance: Instance) -> None:
         instance.on_change = self._on_change
@@ -300,11 +382,11 @@ class Registry:
                 instance.last_success = instance.last_used
             else:
                 instance.last_broken = instance.last_used
-            drained = instance.state is State.STOPPING and not instance.leases
+            drained = instance.state in (State.STOPPING, State.FALLING_ASLEEP) and not instance.leases
         if drained:
-            self._wake(lease.instance_id)
+            self._nudge(lease.instance_id)
 
-    def _wake(self, instance_id: str) -> None:
+    def _nudge(self, instance_id: str) -> None:
         """Its keeper has something to do now."""
 
 

@@ -91,14 +91,20 @@ class Resources:
     def command_line(self, spec: InstanceSpec, port: int) -> list[str]:
         """The token is not in it: every user of the machine may read a command line."""
         flags = {name: value for name, value in spec.flags.items() if name != "hf_token" or value is True}
+        if spec.sleep_level and self._gpus:     # vLLM for CPUs refuses it, and pauses all the same when told to sleep
+            flags["enable_sleep_mode"] = True
         return [*self.settings.command, "serve", spec.model, "--host", "127.0.0.1", "--port", str(port),
                 "--served-model-name", *spec.names, *to_argv(flags)]
 
     def engine_environment(self, spec: InstanceSpec, visible_devices: str | None) -> dict[str, str]:
-        """For the engine: which devices it sees, and the Hugging Face token of its own params."""
-        token = spec.flags.get("hf_token")
-        return {**self.environment, **({"CUDA_VISIBLE_DEVICES": visible_devices} if visible_devices else {}),
-                **({"HF_TOKEN": token} if isinstance(token, str) else {})}
+        """For the engine: its own variables, which devices it sees, its Hugging Face token, and, if it may be put to
+        sleep, vLLM's development mode: only that has the routes for it.  They listen on loopback and no path of the
+        daemon leads there (routing/paths.py)."""
+        token = spec.flags.get("hf_token") or spec.hf_token
+        return {**self.environment, **spec.env,
+                **({"CUDA_VISIBLE_DEVICES": visible_devices} if visible_devices else {}),
+                **({"HF_TOKEN": token} if isinstance(token, str) else {}),
+                **({"VLLM_SERVER_DEV_MODE": "1"} if spec.sleep_level else {})}
 
     def give_back(self, instance_id: str) -> None:
         """Its processes are gone: port and devices are free."""
@@ -117,7 +123,7 @@ class Resources:
 
     def record(self, view: InstanceView, engine: EngineRecord | None) -> Record:
         return Record(id=view.id, spec=view.spec, state=view.state, created_at=view.created_at, port=view.port,
-                      devices=view.devices, restarts=view.restarts, engine=engine)
+                      devices=view.devices, restarts=view.restarts, engine=engine, asleep_level=view.asleep_level)
 
     def forget(self, instance_id: str) -> None:
         """Remove its record: nothing of it is left to find again."""

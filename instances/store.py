@@ -13,10 +13,10 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from errors import ConfigError
 from instances.instance import InstanceSpec, State
@@ -24,6 +24,7 @@ from instances.launcher import EngineRecord, wait_until
 
 log = logging.getLogger("vllm_server.store")
 
+T = TypeVar("T")
 _ID = re.compile(r"[0-9a-f]{8,32}")
 
 
@@ -50,6 +51,7 @@ class Record:
     devices: tuple[int, ...]
     restarts: int
     engine: EngineRecord | None
+    asleep_level: int = 0
 
 
 @dataclass(frozen=True)
@@ -144,13 +146,31 @@ def _record(data: Mapping[str, Any]) -> Record:
         id=_text(data["id"], _ID), state=State(data["state"]), created_at=float(data["created_at"]),
         port=None if data["port"] is None else _whole(data["port"]), devices=tuple(map(_whole, data["devices"])),
         restarts=_whole(data["restarts"]),
-        spec=InstanceSpec(model=_text(spec["model"]), names=tuple(map(_text, spec["names"])),
-                          flags=dict(spec["flags"].items()), params=dict(spec["params"].items()),
-                          timeout_s=float(spec["timeout_s"]), start_timeout_s=float(spec["start_timeout_s"])),
+        asleep_level=_whole(data.get("asleep_level", 0)), spec=_spec(spec),
         engine=None if engine is None else EngineRecord(
             pid=_pid(engine["pid"]), started_ticks=_whole(engine["started_ticks"]),
             boot_id=_text(engine["boot_id"]), run_dir=_text(engine["run_dir"]),
             shared_memory=tuple(map(_text, engine["shared_memory"]))))
+
+
+def _spec(data: Mapping[str, Any]) -> InstanceSpec:
+    """What earlier versions did not write has its default."""
+    gpus = data.get("gpus")
+    return InstanceSpec(
+        model=_text(data["model"]), names=tuple(map(_text, data["names"])), flags=dict(data["flags"].items()),
+        params=dict(data["params"].items()), timeout_s=float(data["timeout_s"]),
+        start_timeout_s=float(data["start_timeout_s"]), sleep_level=_whole(data.get("sleep_level", 0)),
+        stop_after_s=_optional(float, data.get("stop_after_s")),
+        env={_text(name): _text(value) for name, value in data.get("env", {}).items()},
+        gpus=tuple(map(_whole, gpus)) if isinstance(gpus, list) else _optional(_whole, gpus),
+        memory_bytes=_optional(_whole, data.get("memory_bytes")),
+        param_count=_optional(float, data.get("param_count")), precision=_optional(_text, data.get("precision")),
+        priority=_whole(data.get("priority", 0)), pinned=data.get("pinned", False) is True,
+        config_id=_optional(_text, data.get("config_id")), hf_token=_optional(_text, data.get("hf_token")))
+
+
+def _optional(read: Callable[[Any], T], value: Any) -> T | None:
+    return None if value is None else read(value)
 
 
 def _whole(value: Any) -> int:

@@ -68,6 +68,10 @@ class FakeEngine:
     immortal: bool = False              # survives SIGKILL
     listens: Listener = Listener.OURS
     asked: list[str] = field(default_factory=list)
+    asleep: int = 0                     # its level
+    sleep_status: int | None = 200      # what /sleep is answered with; None: nothing, and it does not sleep
+    wake_status: int | None = 200
+    stays_asleep: bool = False          # though it says that it woke
 
     @property
     def record(self) -> EngineRecord:
@@ -117,9 +121,28 @@ class FakeEngine:
             return probe.Answer(200, json.dumps({"object": "list", "data": data}).encode())
         if path == "/metrics":
             return probe.Answer(200, b'vllm:generation_tokens_total{model_name="m"} %f\n' % self.tokens)
+        if path in ("/is_sleeping", "/collective_rpc") or path.startswith(("/sleep?", "/wake_up")):
+            return self.answer_dev_mode(path)
         if path not in self.paths:
             return probe.Answer(404)
+        assert not self.asleep, "a question to a sleeper"
         return probe.Answer(200) if self.answers else None
+
+    def answer_dev_mode(self, path: str) -> probe.Answer | None:
+        """As vLLM does: pausing for the level, and awake only with both parts of its memory."""
+        assert self.spec.env.get("VLLM_SERVER_DEV_MODE") == "1"
+        if path == "/is_sleeping":
+            return probe.Answer(200, json.dumps({"is_sleeping": self.asleep > 0}).encode())
+        self.world.note(self, path)
+        if path.startswith("/sleep?"):
+            self.world.check_not_serving(self)
+            assert path.endswith("&mode=wait")
+            if self.sleep_status == 200:
+                self.asleep = int(path.split("level=")[1][0])
+            return None if self.sleep_status is None else probe.Answer(self.sleep_status)
+        if self.wake_status == 200 and not self.stays_asleep and path in ("/wake_up", "/wake_up?tags=kv_cache"):
+            self.asleep = 0
+        return None if self.wake_status is None else probe.Answer(self.wake_status)
 
 
 class FakeProbe:

@@ -12,7 +12,12 @@ from instances.instance import ACTIVE, EDGES, Instance, InstanceSpec, Lease, Pro
 
 ALLOWED = {
     ("starting", "ready"), ("starting", "backoff"), ("starting", "failed"), ("starting", "stopping"),
-    ("ready", "backoff"), ("ready", "failed"), ("ready", "stopping"),
+    ("starting", "falling_asleep"), ("starting", "sleeping"), ("starting", "waking"),
+    ("ready", "backoff"), ("ready", "failed"), ("ready", "stopping"), ("ready", "falling_asleep"),
+    ("falling_asleep", "ready"), ("falling_asleep", "sleeping"), ("falling_asleep", "backoff"),
+    ("falling_asleep", "failed"), ("falling_asleep", "stopping"),
+    ("sleeping", "waking"), ("sleeping", "backoff"), ("sleeping", "failed"), ("sleeping", "stopping"),
+    ("waking", "ready"), ("waking", "sleeping"), ("waking", "backoff"), ("waking", "failed"), ("waking", "stopping"),
     ("backoff", "starting"), ("backoff", "failed"), ("backoff", "stopping"),
     ("stopping", "stopped"), ("failed", "stopped"),
 }
@@ -50,7 +55,7 @@ def test_every_edge_and_every_non_edge(old: State, new: State, caplog: pytest.Lo
 def test_the_table_of_edges_is_whole() -> None:
     assert set(EDGES) == set(State)
     assert {(str(old), str(new)) for old, news in EDGES.items() for new in news} == ALLOWED
-    assert {State.STARTING, State.READY, State.BACKOFF} == ACTIVE
+    assert set(State) - {State.STOPPING, State.STOPPED, State.FAILED} == ACTIVE
 
 
 @pytest.mark.parametrize("state", State)
