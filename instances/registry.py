@@ -253,6 +253,8 @@ class Registry:
             if instance.state is State.SLEEPING and instance.spec.config_id is not None:
                 instance.change_state(State.STOPPING, now, problem.message)     # the next request starts it
                 return
+            if instance.state is State.WAKING:
+                self._counters["wake_fallbacks"] += 1
             delay_s = instance.record_failure(now)
             if problem.permanent or delay_s is None:
                 why = problem.message if problem.permanent else f"failed too often; at last: {problem.message}"

@@ -44,6 +44,11 @@ class Resources:
         self.settings = settings
         self.environment: Mapping[str, str] = child_environment(settings, self._environ)
 
+    @property
+    def on_gpus(self) -> bool:
+        """Whether the devices, as last read, are GPUs."""
+        return bool(self._gpus)
+
     # --- a start --------------------------------------------------------------------------------------------------
 
     def place(self, instance_id: str, spec: InstanceSpec, now: float) -> placement.Plan | None:
@@ -91,7 +96,7 @@ class Resources:
     def command_line(self, spec: InstanceSpec, port: int) -> list[str]:
         """The token is not in it: every user of the machine may read a command line."""
         flags = {name: value for name, value in spec.flags.items() if name != "hf_token" or value is True}
-        if spec.sleep_level and self._gpus:     # vLLM for CPUs refuses it, and pauses all the same when told to sleep
+        if spec.sleep_level and self.on_gpus:     # vLLM for CPUs refuses it, and pauses all the same when told to sleep
             flags["enable_sleep_mode"] = True
         return [*self.settings.command, "serve", spec.model, "--host", "127.0.0.1", "--port", str(port),
                 "--served-model-name", *spec.names, *to_argv(flags)]

@@ -245,6 +245,7 @@ def test_a_request_wakes_it_and_a_hundred_wake_it_once(world: World) -> None:
 
 
 def test_the_weights_that_level_2_threw_away_are_loaded_again(world: World) -> None:
+    world.devices.devices = (cuda(0),)
     view, engine = asleep(world, 2)
     engine.asked.clear()
     wanted(world, view)
@@ -252,6 +253,25 @@ def test_the_weights_that_level_2_threw_away_are_loaded_again(world: World) -> N
     assert world.view(view).state is State.READY
     assert engine.asked == ["/wake_up?tags=weights", "/collective_rpc", "/wake_up?tags=kv_cache", "/is_sleeping",
                             "/v1/completions"]
+
+
+def test_vllm_for_cpus_has_thrown_nothing_away(world: World) -> None:
+    view, engine = asleep(world, 2)
+    engine.asked.clear()
+    wanted(world, view)
+    world.step(0.1, times=4)
+    assert engine.asked == ["/wake_up", "/is_sleeping", "/v1/completions"]
+
+
+def test_a_death_on_the_way_is_a_restart_too(world: World) -> None:
+    view, engine = asleep(world)
+    engine.wake_status = None
+    wanted(world, view)
+    world.step(0.1)
+    engine.dead = 4711
+    world.step(1.1, times=4)
+    assert world.view(view).state is State.STARTING
+    assert world.manager.counters == {"sleeps": 1, "wake_fallbacks": 1, "restarts": 1}
 
 
 def test_a_pooling_model_is_tried_in_its_own_way(world: World) -> None:
@@ -341,6 +361,7 @@ def taken_over(world: World, engine: FakeEngine, view: InstanceView) -> None:
 
 @pytest.mark.parametrize("level", [1, 2])
 def test_a_sleeper_is_found_asleep(world: World, level: int) -> None:
+    world.devices.devices = (cuda(0),)
     view, engine = asleep(world, level)
     taken_over(world, engine, view)
     found = world.view(view)
