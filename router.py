@@ -138,7 +138,7 @@ class Router:
         raise NotFound(f"no running instance knows the response {response_id[:64]!r}", code="response_not_found",
                        param="response_id")
 
-    def read_body(self, incoming: Request) -> bytes | memoryview:
+    def read_body(self, incoming: Request) -> bytes | bytearray:
         """The whole body; the server has collected it already (web/intake.py).
 
         Raises TooLarge, or BadRequest when it is shorter than its Content-Length.
@@ -149,7 +149,7 @@ class Router:
             raise TooLarge(f"the body has {length} bytes; MAX_REQUEST_BYTES allows {limit}")
         try:
             source = incoming.environ["wsgi.input"]
-            body: bytes | memoryview = source.take() if hasattr(source, "take") else source.read(
+            body: bytes | bytearray = source.take() if hasattr(source, "take") else source.read(
                 length if length is not None else limit + 1)
         except (OSError, ClientDisconnected) as error:
             raise ClientLeft from error
@@ -187,7 +187,7 @@ class Router:
 
     # --- one exchange ---------------------------------------------------------------------------------------------
 
-    def _forward(self, incoming: Request, path: str, body: bytes | memoryview,
+    def _forward(self, incoming: Request, path: str, body: bytes | bytearray,
                  backends: Callable[[], list[Candidate]], *, what: str, prefer: str | None = None,
                  with_id: Callable[[bytes, str], None] | None = None,
                  with_owner: Callable[[str], None] | None = None) -> Response:
@@ -225,7 +225,7 @@ class Router:
             raise
         return Response(TakenOver(), direct_passthrough=True)
 
-    def _exchange(self, incoming: Request, path: str, body: bytes | memoryview, lease: Lease, watched: Watched,
+    def _exchange(self, incoming: Request, path: str, body: bytes | bytearray, lease: Lease, watched: Watched,
                   with_id: Callable[[bytes, str], None] | None) -> Response:
         """Send, read the head, and hand what is held to a RelayStream.  Releases the lease if that fails."""
         exchange = Exchange()

@@ -171,7 +171,7 @@ class Upstream:
     def __init__(self, connections: int) -> None:
         self._adapter = _Adapter(pool_connections=POOLS, pool_maxsize=connections, max_retries=0)
 
-    def send(self, exchange: Exchange, method: str, url: str, headers: dict[str, str], body: bytes | memoryview | None,
+    def send(self, exchange: Exchange, method: str, url: str, headers: dict[str, str], body: bytes | bytearray | None,
              timeout_s: float) -> urllib3.HTTPResponse:
         """The answer with its head read and its body not.  Blocks up to `timeout_s` seconds for the head.
 
@@ -246,7 +246,7 @@ def upstream_errors() -> Iterator[None]:
         raise UpstreamError(f"the connection to the engine broke ({type(error).__name__})") from error
 
 
-def request_headers(incoming: Iterator[tuple[str, str]] | Any, body: bytes | memoryview | None) -> dict[str, str]:
+def request_headers(incoming: Iterator[tuple[str, str]] | Any, body: bytes | bytearray | None) -> dict[str, str]:
     """The client's headers for the engine: without hop-by-hop ones, keys, and those that `Connection` names.
 
     Repeated headers are joined with commas (RFC 9110, 5.3).

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from errors import BadRequest, UnsupportedMediaType
-from routing.requested_model import Wanted, find
+from routing import requested_model
+from routing.requested_model import LARGE_BODY_BYTES, LONG_BYTES, Wanted, find, without_long_strings
 
 JSON = "application/json"
 FORM = "multipart/form-data; boundary=xx"
@@ -47,6 +50,69 @@ def test_json_that_names_none(body: bytes, code: str, param: str | None) -> None
     with pytest.raises(BadRequest) as raised:
         find(JSON, body)
     assert (raised.value.code, raised.value.param) == (code, param)
+
+
+LONG = st.builds(lambda unit, times, odd: unit * times + odd, st.text(min_size=1, max_size=8),
+                 st.sampled_from([LONG_BYTES // 8, LONG_BYTES, LONG_BYTES * 2]), st.text('\\"\x7f/é模', max_size=3))
+TEXT = st.one_of(st.sampled_from(["model", "stream", "", "\\", '"', '\\"', "data:image/png;base64,"]),
+                 st.text(max_size=8))
+SCALARS = st.one_of(st.none(), st.booleans(), st.integers(-9, 9), TEXT, LONG)
+VALUES = st.recursive(SCALARS, lambda inner: st.one_of(
+    st.lists(inner, max_size=3), st.dictionaries(st.one_of(TEXT, LONG), inner, max_size=3)), max_leaves=5)
+KEYS = st.sampled_from(["model", "model", "previous_response_id", "stream", "messages", "mo\\del"])
+FIELDS = st.lists(st.tuples(KEYS, VALUES), max_size=5)
+
+
+@settings(max_examples=min(settings.default.max_examples, 2000))    # each is a body of 100 kB
+@given(FIELDS, st.booleans(), st.sampled_from([(",", ":"), (", ", ": "), (" ,\n", "\t: ")]), st.integers(0, 99))
+def test_a_large_body_names_what_all_of_it_names(fields: list[tuple[str, object]], ascii_only: bool,
+                                                 separators: tuple[str, str], broken_at: int) -> None:
+    """Valid or cut off anywhere: as if every string were decoded."""
+    def dump(value: object) -> str:
+        return json.dumps(value, ensure_ascii=ascii_only, separators=separators)
+
+    pairs = [*fields, ("padding", "x" * LARGE_BODY_BYTES)]
+    body = ("{" + separators[0].join(f"{dump(key)}{separators[1]}{dump(value)}" for key, value in pairs) + "}").encode()
+    assert outcome(body) == outcome_of(json.loads(body))
+    assert outcome(body[:len(body) * broken_at // 100]) == "invalid_json"
+
+
+def outcome(body: bytes) -> Wanted | str:
+    try:
+        return find(JSON, bytearray(body))
+    except BadRequest as error:
+        return str(error.code)
+
+
+def outcome_of(data: dict[str, object]) -> Wanted | str:
+    """By the rules, from what a decoder made of the whole body."""
+    model, previous = data.get("model"), data.get("previous_response_id")
+    if model is None:
+        return "missing_model"
+    if not isinstance(model, str) or not model or len(model) > requested_model.MAX_NAME:
+        return "invalid_model"
+    is_id = isinstance(previous, str) and len(previous) <= requested_model.MAX_NAME
+    return Wanted(model, data.get("stream") is True, previous if is_id else None)  # type: ignore[arg-type]
+
+
+def test_of_an_image_next_to_nothing_is_decoded() -> None:
+    fields = {"messages": [{"content": [{"type": "text", "text": 'what "is" this?'},
+                                        {"image_url": {"url": "data:image/png;base64," + "iVBO" * 1_000_000}}]}],
+              "model": "m", "stream": True}
+    body = json.dumps(fields).encode()
+    assert len(without_long_strings(body)) < 2000
+    assert find(JSON, body) == Wanted("m", True)
+    with pytest.raises(BadRequest):
+        find(JSON, body + b"}")
+
+
+@pytest.mark.parametrize("body", [
+    json.dumps({"messages": ["short"] * 50_000, "model": "m"}).encode(),
+    json.dumps({"messages": ['say "so"\n' * 50_000], "model": "m"}).encode(),
+    json.dumps({"messages": ["\\" * 500_000], "model": "m"}).encode()])
+def test_what_does_not_pay_is_decoded_whole(body: bytes) -> None:
+    assert without_long_strings(body) is body
+    assert find(JSON, body) == Wanted("m")
 
 
 @pytest.mark.parametrize(("parts", "wanted"), [

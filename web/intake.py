@@ -30,11 +30,11 @@ class Taken:
     """One request.  `whole`: nothing of it is left on the connection; otherwise its body is what there is of it."""
 
     head: bytes
-    body: bytes | memoryview
+    body: bytes | bytearray
     whole: bool
     too_large: bool = False
     broken: str | None = None       # why the body cannot be understood
-    place: bytearray | None = None  # a buffer to give back when the request is done
+    place: bytearray | None = None  # the body's, where that is a buffer to give back when the request is done
 
 
 class Buffers:
@@ -48,17 +48,32 @@ class Buffers:
         self._lock = threading.Lock()
 
     def take(self, size: int) -> bytearray:
-        """At least `size` bytes, with whatever stood there before."""
-        with self._lock:
-            for index, buffer in enumerate(self._free):
-                if size <= len(buffer) <= 2 * size + ROUND_BYTES:
-                    return self._free.pop(index)
-        return bytearray(-(-size // ROUND_BYTES) * ROUND_BYTES)
+        """One of `size` bytes, with whatever stood there before."""
+        buffer = self._find(size)
+        if buffer is None:
+            buffer = bytearray(-(-size // ROUND_BYTES) * ROUND_BYTES)
+        # Within what it has allocated, a bytearray changes its size in place.
+        if len(buffer) < size:
+            buffer += bytes(size - len(buffer))
+        del buffer[size:]
+        return buffer
 
     def give_back(self, buffer: bytearray) -> None:
+        """Nobody uses it any more; one of which somebody still holds a view is not kept."""
+        try:
+            buffer.append(0)
+        except BufferError:
+            return
         with self._lock:
-            if sum(map(len, self._free)) + len(buffer) <= KEPT_BYTES:
+            if sum(one.__alloc__() for one in self._free) + buffer.__alloc__() <= KEPT_BYTES:
                 self._free.append(buffer)
+
+    def _find(self, size: int) -> bytearray | None:
+        with self._lock:
+            for index, buffer in enumerate(self._free):
+                if size < buffer.__alloc__() <= 2 * size + ROUND_BYTES:
+                    return self._free.pop(index)
+        return None
 
 
 class Intake:
@@ -78,8 +93,7 @@ class Intake:
         self._decoded: list[bytes] = []
         self._decoded_bytes = 0
         self._broken: str | None = None
-        self._large: memoryview | None = None   # a large body's place
-        self._place: bytearray | None = None    # and what it is a part of
+        self._place: bytearray | None = None    # a large body's
         self._filled = 0                        # bytes of it that are there
         self._ready = False
         self.wants_continue = False
@@ -87,7 +101,7 @@ class Intake:
     @property
     def begun(self) -> bool:
         """Whether the client has sent a part of a request."""
-        return bool(self._buffer) or self._large is not None
+        return bool(self._buffer) or self._place is not None
 
     @property
     def in_body(self) -> bool:
@@ -100,7 +114,7 @@ class Intake:
 
     def room(self) -> memoryview | None:
         """Where the rest of a large body is to be received to; `filled` then says how much came."""
-        return self._large[self._filled:] if self._large is not None and not self._ready else None
+        return memoryview(self._place)[self._filled:] if self._place is not None and not self._ready else None
 
     def filled(self, count: int) -> bool:
         """As `feed`, for `count` bytes that were received into `room`."""
@@ -123,11 +137,12 @@ class Intake:
 
     def take(self) -> Taken:
         """The request; the intake then stands at the next one."""
-        body: bytes | memoryview = b""
+        body: bytes | bytearray = b""
         if not self._head_end:
             head, end = bytes(self._buffer), len(self._buffer)
-        elif self._large is not None:
-            head, body = _EXPECT.sub(b"\r\n", bytes(self._buffer)), self._large[:self._filled]
+        elif self._place is not None:
+            del self._place[self._filled:]
+            head, body = _EXPECT.sub(b"\r\n", bytes(self._buffer)), self._place
             end = self._head_end + self._filled
         else:
             end = self._scanned if self._chunked else min(self._head_end + self._length, len(self._buffer))
@@ -136,7 +151,7 @@ class Intake:
                 body = b"".join(self._decoded) if self._chunked else bytes(view[self._head_end:end])
         too_large = self._length > self._max or self._decoded_bytes > self._max
         taken = Taken(head, body, self._is_whole(end), too_large, self._broken, self._place)
-        del self._buffer[:end if taken.whole and self._large is None else len(self._buffer)]
+        del self._buffer[:end if taken.whole and self._place is None else len(self._buffer)]
         self._start()
         return taken
 
@@ -163,16 +178,15 @@ class Intake:
 
     def _make_room(self) -> None:
         self._place = self._buffers.take(self._length)
-        self._large = memoryview(self._place)[:self._length]
         self._filled = len(self._buffer) - self._head_end
         with memoryview(self._buffer) as view:
-            self._large[:self._filled] = view[self._head_end:]
+            self._place[:self._filled] = view[self._head_end:]
         del self._buffer[self._head_end:]
 
     def _body_is_there(self) -> bool:
         if self._chunked:
             return self._decode()
-        if self._large is not None:
+        if self._place is not None:
             return self._filled == self._length
         return self._length > self._max or len(self._buffer) >= self._head_end + self._length
 
@@ -221,12 +235,12 @@ class Intake:
 class Collected(io.RawIOBase):
     """`wsgi.input` over a body that is already here.  Who knows that takes it whole, without a copy."""
 
-    def __init__(self, data: bytes | memoryview) -> None:
+    def __init__(self, data: bytes | bytearray) -> None:
         super().__init__()
         self._data = data
         self._at = 0
 
-    def take(self) -> bytes | memoryview:
+    def take(self) -> bytes | bytearray:
         self._at = len(self._data)
         return self._data
 
