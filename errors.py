@@ -145,5 +145,11 @@ class EngineStopped(UpstreamError):
     status, code = 503, "engine_stopped"
 
 
+class ServerLost(UpstreamError):
+    """Another machine's server went down before it answered."""
+
+    status, code = 503, "server_lost"
+
+
 class UpstreamTimeout(UpstreamError):
     status, code = 504, "upstream_timeout"
