@@ -12,12 +12,13 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from instances.instance import Candidate, State
+from instances.instance import ACTIVE, Candidate, State
 from routing.circuit import CLOSED, Circuit
 from routing.policies import Backend, Load, Policy, Reading, hash64, projected
 from routing.remote import BUSY_LIMIT_S, BUSY_S, Fleet, Outcome, Pool, RemoteLease
 
 LOOK_AT = 64                # of more servers than these, so many from a random (or the key's) place on are compared
+LOADING = ACTIVE - {State.READY}
 DEFAULT_CAPACITY = 256      # of an instance whose flags do not say (--max-num-seqs)
 
 
@@ -89,7 +90,7 @@ class Balancer:
         if locals_:
             chosen = self.policy.choose(best_tier(locals_, now), ask.key, self._draw)
             return Choice(chosen.id, chosen.local)
-        if any(one.state in (State.STARTING, State.BACKOFF) for one in candidates) or not pools.cold:
+        if any(one.state in LOADING for one in candidates) or not pools.cold:
             return None
         cold = self._usable(pools.cold, ask, now)
         if not cold:
@@ -209,3 +210,17 @@ def best_tier(backends: Sequence[Backend], now: float) -> Sequence[Backend]:
     says more than none."""
     closed = [one for one in backends if one.open_until <= now]
     return [one for one in closed if not one.suspect] or closed or backends
+
+
+def pick(candidates: Sequence[Candidate], prefer: str | None = None) -> str | None:
+    """The ready one with the fewest requests in flight, ties at random; `prefer` when that is ready.
+
+    None when none is ready.  Advice only: the lease decides.
+    """
+    ready = [candidate for candidate in candidates if candidate.state is State.READY]
+    if not ready:
+        return None
+    if prefer is not None and any(candidate.id == prefer for candidate in ready):
+        return prefer
+    least = min(candidate.in_flight for candidate in ready)
+    return random.choice([candidate.id for candidate in ready if candidate.in_flight == least])
