@@ -23,11 +23,11 @@ from typing import Any
 from errors import NoRoom
 from gpu import Device
 from instances.eviction import Choice, choose
+from instances.footprint import DEFAULT_UTILIZATION, Footprint
 from instances.ledger import Limits, Resident, Room, most_bytes, rooms, usable
 
 __all__ = ["DEFAULT_UTILIZATION", "Limits", "Need", "Plan", "Resident", "devices_needed", "plan", "plan_alone"]
 
-DEFAULT_UTILIZATION = 0.92  # vLLM 0.32's own default of --gpu-memory-utilization
 GIB = 1 << 30
 SHARE_STEPS = 10_000        # a share is told to vLLM in steps of a hundredth of a percent
 NAMED_DEVICES = 3           # a refusal spells out so many, those that miss the least
@@ -35,16 +35,10 @@ NAMED_DEVICES = 3           # a refusal spells out so many, those that miss the 
 
 @dataclass(frozen=True)
 class Need:
-    """What is to be placed.  `bytes_per_device` and `utilization` (footprint.Footprint): the larger of the two counts.
-
-    Without either, nothing is known and nothing is checked: only where the host is the device.
-    """
+    """What is to be placed."""
 
     model: str
-    bytes_per_device: int | None = None
-    utilization: float | None = None            # the share of each device that it takes
-    given: bool = False                         # the user gave that share: it is neither cut nor passed on again
-    keep: Mapping[str, Any] = field(default_factory=dict)   # flags that make the engine keep to its bytes
+    footprint: Footprint
     count: int = 1                              # 0: its parallel sizes make no sense; the engine will say which
     ids: tuple[int, ...] | None = None          # the user's choice of GPUs
     id: str = ""                                # the instance, if it is among the residents: it starts or wakes
@@ -78,7 +72,7 @@ def plan(need: Need, devices: Sequence[Device], residents: Sequence[Resident], l
         return _unchecked(allowed, "its parallel size or utilization makes no sense")
     on_host = not any(device.kind == "cuda" for device in devices)
     count = 1 if on_host else need.count
-    if on_host and need.bytes_per_device is None:
+    if on_host and need.footprint.bytes_per_device is None and need.footprint.utilization is None:
         return _unchecked(allowed, "the host's memory is the only device")
     suited = _suited(need, count, allowed, limits, on_host)
     wanted = {device.index: _bytes_on(need, device, limits) for device in suited}
@@ -132,13 +126,18 @@ def _suited(need: Need, count: int, allowed: Sequence[Device], limits: Limits, o
 
 
 def _bytes_on(need: Need, device: Device, limits: Limits) -> int:
-    """What it takes of this device; a share that is only a default leaves alone what stays free."""
-    if need.utilization is None:
-        return need.bytes_per_device or 0
-    share = math.ceil(device.total_bytes * need.utilization)
-    if not need.given:
-        share = min(share, most_bytes(device, limits))
-    return max(share, need.bytes_per_device or 0)
+    """What it takes of this device; a share that is only a default leaves alone what stays free.
+
+    An estimate that is too high for the device is cut to all that can be had there: the engine finds out.
+    """
+    wanted, most = need.footprint, most_bytes(device, limits)
+    count = wanted.bytes_per_device or 0
+    if wanted.least_bytes is not None and wanted.least_bytes <= most < count:
+        count = most
+    if wanted.utilization is None:
+        return count
+    share = math.ceil(device.total_bytes * wanted.utilization)
+    return max(count, share if wanted.given else min(share, most))
 
 
 def _tiers(devices: Sequence[Device], count: int) -> list[list[tuple[int, ...]]]:
@@ -199,12 +198,15 @@ def _planned(choice: Choice, found: Mapping[int, Room], wanted: Mapping[int, int
 
 def _flags(need: Need, chosen: Sequence[Device], planned: int) -> dict[str, Any]:
     """The share that lets vLLM's own check pass: the largest step that asks for no more than was planned."""
-    if chosen[0].kind != "cuda" or need.given:
-        return dict(need.keep)
+    keep = dict(need.footprint.keep)
+    if planned < (need.footprint.bytes_per_device or 0):        # cut: its KV cache has to make do with what is left
+        keep.pop("kv_cache_memory_bytes", None)
+    if chosen[0].kind != "cuda" or need.footprint.given:
+        return keep
     step = min(math.floor(planned / device.total_bytes * SHARE_STEPS) for device in chosen)
     while step > 1 and any(math.ceil(device.total_bytes * (step / SHARE_STEPS)) > planned for device in chosen):
         step -= 1
-    return {**need.keep, "gpu_memory_utilization": max(step, 1) / SHARE_STEPS}
+    return {**keep, "gpu_memory_utilization": max(step, 1) / SHARE_STEPS}
 
 
 # --- for people -------------------------------------------------------------------------------------------------------
@@ -264,7 +266,7 @@ def _holders(room: Room, residents: Sequence[Resident], own_id: str) -> str:
 
 
 def _advice(need: Need, on_host: bool) -> str:
-    if need.given:
+    if need.footprint.given:
         return "lower gpu_memory_utilization in its params"
     if on_host:
         return "take a smaller model, max_model_len or KV cache, or raise HOST_MEMORY_BUDGET_MB"

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from errors import NoRoom
 from gpu import Device, DeviceProcess
 from instances.eviction import Option, options
+from instances.footprint import Footprint
 from instances.ledger import HOST, Limits, Resident, rooms
 from instances.placement import Need, Plan, plan
 
@@ -45,7 +46,7 @@ def sleepy(name: str, gib: float, *devices: int, left_gib: float = 1, **fields: 
 
 
 def need(gib: float, **fields: Any) -> Need:
-    return Need("new", int(gib * GIB), **fields)
+    return Need("new", Footprint(int(gib * GIB)), **fields)
 
 
 def refusal(*arguments: Any) -> NoRoom:
@@ -136,7 +137,7 @@ def test_what_never_fits() -> None:
 
 @given(st.integers(1 << 20, 80 * GIB), st.integers(80 * GIB, 200 * GIB))
 def test_the_share_passes_vllms_own_check_and_wastes_little(planned: int, total: int) -> None:
-    found = plan(Need("new", planned), [card(0, total_gib=total / GIB)], [], NOTHING_RESERVED)
+    found = plan(Need("new", Footprint(planned)), [card(0, total_gib=total / GIB)], [], NOTHING_RESERVED)
     share = found.keep["gpu_memory_utilization"]
     assert 0 < share <= 1 and (math.ceil(total * share) <= planned or share == 0.0001)
     assert planned - total * share < 2 * total / 10_000
@@ -144,18 +145,29 @@ def test_the_share_passes_vllms_own_check_and_wastes_little(planned: int, total:
 
 def test_a_share_of_each_device() -> None:
     mixed = [card(0, total_gib=40), card(1, total_gib=80)]
-    found = plan(Need("new", utilization=0.5, count=2), mixed, [], NOTHING_RESERVED)
+    found = plan(Need("new", Footprint(utilization=0.5), count=2), mixed, [], NOTHING_RESERVED)
     assert found.bytes_per_device == 40 * GIB and found.keep["gpu_memory_utilization"] == 0.5
-    given = plan(Need("new", utilization=0.5, given=True, keep={"kv_cache_memory_bytes": 1}), mixed, [], Limits())
+    own = Footprint(utilization=0.5, given=True, keep={"kv_cache_memory_bytes": 1})
+    given = plan(Need("new", own), mixed, [], Limits())
     assert found.devices == (0, 1) and given.keep == {"kv_cache_memory_bytes": 1}
 
 
 def test_a_default_share_leaves_the_reserve_alone_and_the_users_own_does_not() -> None:
     small, limits = [card(0, total_gib=16)], Limits(reserved_bytes=2 * GIB)
-    found = plan(Need("new", utilization=0.92), small, [], limits)
+    found = plan(Need("new", Footprint(utilization=0.92)), small, [], limits)
     assert (found.bytes_per_device, found.keep["gpu_memory_utilization"]) == (14 * GIB, 0.875)
-    asked = refusal(Need("new", utilization=0.92, given=True), small, [], limits)
+    asked = refusal(Need("new", Footprint(utilization=0.92, given=True)), small, [], limits)
     assert asked.code == "not_enough_gpus" and "lower gpu_memory_utilization" in asked.message
+
+
+def test_an_estimate_too_high_for_the_device_is_cut_to_it_and_the_engine_finds_out() -> None:
+    estimated = Footprint(20 * GIB, "estimated", least_bytes=15 * GIB, keep={"kv_cache_memory_bytes": GIB})
+    limits = Limits(reserved_bytes=2 * GIB)
+    cut = plan(Need("new", estimated), [card(0, total_gib=18)], [], limits)
+    assert (cut.bytes_per_device, cut.keep) == (16 * GIB, {"gpu_memory_utilization": 0.8888})
+    assert plan(Need("new", estimated), [card(0)], [], limits).keep == {
+        "kv_cache_memory_bytes": GIB, "gpu_memory_utilization": 0.25}
+    assert refusal(Need("new", estimated), [card(0, total_gib=16)], [], limits).code == "not_enough_gpus"
 
 
 # --- the host as the device -------------------------------------------------------------------------------------------
@@ -163,7 +175,7 @@ def test_a_default_share_leaves_the_reserve_alone_and_the_users_own_does_not() -
 def test_the_hosts_memory() -> None:
     assert plan(need(4, count=2), [host(10)], [], Limits()) == Plan(
         (0,), None, 4 * GIB, "the host's memory: room for 4.0 GiB, 54.0 GiB were free")
-    unknown = plan(Need("new"), [host(63)], [], Limits(reserved_bytes=2 * GIB))
+    unknown = plan(Need("new", Footprint()), [host(63)], [], Limits(reserved_bytes=2 * GIB))
     assert (unknown.devices, unknown.visible, unknown.bytes_per_device) == ((0,), None, None)
 
 
@@ -296,7 +308,7 @@ def test_a_sleeper_that_wakes_needs_only_what_it_does_not_hold() -> None:
     other = holder("other", 40, 0)
     wake = need(40, id="me", ids=(0,))
     assert plan(wake, [card(0, 43)], [asleep, other], NOTHING_RESERVED).stop == ()
-    assert plan(replace(wake, bytes_per_device=41 * GIB), [card(0, 43)], [asleep, other],
+    assert plan(replace(wake, footprint=Footprint(41 * GIB)), [card(0, 43)], [asleep, other],
                 NOTHING_RESERVED).stop == ("other",)
 
 
@@ -337,7 +349,7 @@ def worlds(draw: st.DrawFn, most: int = 5) -> World:
         used = min(10 * GIB, shown + draw(st.integers(0, 2)) * GIB)
         devices.append(Device(index, f"GPU-{index}", draw(st.sampled_from(["A", "A", "B"])), "cuda", 10 * GIB, used,
                               10 * GIB - used, error=draw(st.sampled_from([None, None, None, "lost"]))))
-    return World(Need("new", draw(st.integers(1, 9)) * GIB, count=draw(st.integers(1, 2))), devices, residents,
+    return World(need(draw(st.integers(1, 9)), count=draw(st.integers(1, 2))), devices, residents,
                  Limits(draw(st.integers(0, 1)) * GIB, sleep_host_bytes=draw(SIZES) * GIB))
 
 
@@ -352,8 +364,8 @@ def planned(world: World) -> Plan | None:
 def remaining(world: World, done: Sequence[Option]) -> dict[int, int]:
     """Bytes free on each working device beyond what is wanted, once `done` is and those that leave have left."""
     found = rooms(world.devices, world.residents, world.limits, "")
-    assert world.need.bytes_per_device is not None
-    return {index: room.soon_bytes - world.need.bytes_per_device + sum(each.frees.get(index, 0) for each in done)
+    wanted = world.need.footprint.bytes_per_device or 0
+    return {index: room.soon_bytes - wanted + sum(each.frees.get(index, 0) for each in done)
             for index, room in found.items()}
 
 
@@ -412,7 +424,7 @@ def brute_force(world: World) -> int | None:
     """The least cost of all sets of devices, and of all things that can be done; of one kind if that is possible."""
     working = [device for device in world.devices if device.error is None]
     fits = [device.index for device in working
-            if world.need.bytes_per_device <= device.total_bytes - world.limits.reserved_bytes]     # type: ignore
+            if (world.need.footprint.bytes_per_device or 0) <= device.total_bytes - world.limits.reserved_bytes]
     sets = list(itertools.combinations(fits, world.need.count))
     pure = [each for each in sets if len({world.devices[index].name for index in each}) == 1]
     for tier in (pure, sets):
