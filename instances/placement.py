@@ -61,8 +61,11 @@ class Plan:
 
 def devices_needed(flags: Mapping[str, Any]) -> int:
     """The product of the parallel sizes that run on this machine.  Raises ValueError on one that is no number."""
-    return math.prod(int(flags.get(name, 1)) for name in
-                     ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"))
+    try:
+        return math.prod(int(flags.get(name, 1)) for name in
+                         ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"))
+    except (TypeError, OverflowError) as error:
+        raise ValueError(f"a parallel size is no number: {error}") from None
 
 
 def plan(need: Need, devices: Sequence[Device], residents: Sequence[Resident], limits: Limits) -> Plan:
