@@ -320,11 +320,9 @@ class Keeper:
             self._save(now)
             assert instance.port is not None
             self._registry.note_phase(instance, "waking")
-            # vLLM for CPUs sleeps in name only: it keeps its weights, and dies when it is told to load them again.
             self._talk = Talk(sleeping.wake_up(
-                instance.port, instance.spec.names[0], self._settled(),
-                weights_gone=instance.asleep_level > 1 and self._resources.on_gpus,
-                answer_limit_s=self._resources.settings.probe_timeout_s), now)
+                instance.port, instance.spec.names[0], instance.asleep_level, self._settled(),
+                self._resources.settings.probe_timeout_s), now)
         if not self._talk.poll(now):
             return
         problem, self._talk = self._talk.problem, None

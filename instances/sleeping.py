@@ -75,12 +75,11 @@ def put_to_sleep(port: int, level: int, settled: Callable[[], bool]) -> Script:
     return None
 
 
-def wake_up(port: int, model: str, settled: Callable[[], bool], *, weights_gone: bool,
-            answer_limit_s: float) -> Script:
+def wake_up(port: int, model: str, level: int, settled: Callable[[], bool], answer_limit_s: float) -> Script:
     """Awake is what has its memory back and answers a real request: a wake may leave an engine that only looks so."""
-    if not weights_gone:
+    if level < 2:
         problem = yield from _ask("wake_up", probe.wake_up(port))
-    else:       # room for the weights first, then the weights, then the rest
+    else:       # the weights were thrown away: room for them first, then the weights, then the rest
         problem = ((yield from _ask("wake_up of its weights", probe.wake_up(port, "weights")))
                    or (yield from _ask("reload_weights", probe.reload_weights(port)))
                    or (yield from _ask("wake_up of its KV cache", probe.wake_up(port, "kv_cache"))))

@@ -245,7 +245,6 @@ def test_a_request_wakes_it_and_a_hundred_wake_it_once(world: World) -> None:
 
 
 def test_the_weights_that_level_2_threw_away_are_loaded_again(world: World) -> None:
-    world.devices.devices = (cuda(0),)
     view, engine = asleep(world, 2)
     engine.asked.clear()
     wanted(world, view)
@@ -253,14 +252,6 @@ def test_the_weights_that_level_2_threw_away_are_loaded_again(world: World) -> N
     assert world.view(view).state is State.READY
     assert engine.asked == ["/wake_up?tags=weights", "/collective_rpc", "/wake_up?tags=kv_cache", "/is_sleeping",
                             "/v1/completions"]
-
-
-def test_vllm_for_cpus_has_thrown_nothing_away(world: World) -> None:
-    view, engine = asleep(world, 2)
-    engine.asked.clear()
-    wanted(world, view)
-    world.step(0.1, times=4)
-    assert engine.asked == ["/wake_up", "/is_sleeping", "/v1/completions"]
 
 
 def test_a_death_on_the_way_is_a_restart_too(world: World) -> None:
@@ -361,7 +352,6 @@ def taken_over(world: World, engine: FakeEngine, view: InstanceView) -> None:
 
 @pytest.mark.parametrize("level", [1, 2])
 def test_a_sleeper_is_found_asleep(world: World, level: int) -> None:
-    world.devices.devices = (cuda(0),)
     view, engine = asleep(world, level)
     taken_over(world, engine, view)
     found = world.view(view)
