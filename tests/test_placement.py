@@ -76,7 +76,8 @@ def test_a_gpu_that_failed_is_none() -> None:
 
 @pytest.mark.parametrize("flags", [
     {"tensor_parallel_size": "two"}, {"tensor_parallel_size": 0}, {"data_parallel_size": -1},
-    {"tensor_parallel_size": [1]}, {"tensor_parallel_size": float("inf")}, {"gpu_memory_utilization": "nan"}, {"gpu_memory_utilization": "inf"},
+    {"tensor_parallel_size": [1]}, {"tensor_parallel_size": float("inf")},
+    {"gpu_memory_utilization": "nan"}, {"gpu_memory_utilization": "inf"},
     {"gpu_memory_utilization": 0}, {"gpu_memory_utilization": 1.5}, {"gpu_memory_utilization": {}},
     {"gpu_memory_utilization": -0.5}])
 def test_a_value_that_makes_no_sense_is_left_to_the_engine_to_name(flags: dict[str, Any]) -> None:
