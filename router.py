@@ -7,11 +7,12 @@ passed on unchanged in both directions.
 from __future__ import annotations
 
 import re
+import socket
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import orjson
@@ -22,19 +23,15 @@ from werkzeug.exceptions import ClientDisconnected
 from errors import (
     BadRequest,
     Forbidden,
-    LoadFailed,
-    ManagerError,
     ModelNotFound,
     NotFound,
-    NotReady,
-    StartTimeout,
     TooLarge,
     UpgradeRequired,
     UpstreamError,
 )
 from instance_manager import InstanceManager
 from instances.instance import ACTIVE, Candidate, Lease, State
-from routing import balancer, paths, requested_model
+from routing import commented, paths, requested_model
 from routing.client_watch import ClientWatch, Watched
 from routing.relay import RelayStream, TakenOver, may_be_taken_over, take_over
 from routing.relay_process import Relays
@@ -48,9 +45,9 @@ from routing.upstream import (
     request_headers,
     response_headers,
 )
+from routing.waiting import Waiter
 
 PICKS = 20                  # picks that may end in NotReady or a refused connection before the client is told
-LOOK_S = 0.5                # how often a waiting request looks whether its client is still there
 VERDICT_S = 1.0             # how long a broken request waits for the keeper to say why
 RESPONSES_REMEMBERED = 10_000
 _RESPONSE_ID = re.compile(rb'"id"\s*:\s*"(resp_[\w-]{1,128})"')
@@ -69,6 +66,17 @@ class EngineResponse(Response):
         except BaseException:
             self.close()
             raise
+
+
+class Outgoing(NamedTuple):
+    """A request as an engine gets it, and whose it is: Flask's own is gone while a body is still being written."""
+
+    method: str
+    target: str
+    headers: dict[str, str]
+    payload: bytes | bytearray | None
+    client: socket.socket
+    protocol: str
 
 
 class Router:
@@ -105,8 +113,9 @@ class Router:
         wanted = requested_model.find(incoming.headers.get("Content-Type", ""), body)
         owner = self._owner(wanted.previous_response_id) if wanted.previous_response_id else None
         with_id = self._remember if path == "/v1/responses" else None
+        comments = wanted.stream and path in commented.STREAMING and self.manager.settings.loading_comments
         return self._forward(incoming, path, body, lambda: self._backends(wanted.model), prefer=owner,
-                             what=wanted.model, with_id=with_id)
+                             what=wanted.model, with_id=with_id, comments=comments)
 
     def to_instance(self, incoming: Request, instance_id: str, path: str) -> Response:
         """Forward to this instance, whatever the body says; waits while it loads."""
@@ -190,22 +199,47 @@ class Router:
     def _forward(self, incoming: Request, path: str, body: bytes | bytearray,
                  backends: Callable[[], list[Candidate]], *, what: str, prefer: str | None = None,
                  with_id: Callable[[bytes, str], None] | None = None,
-                 with_owner: Callable[[str], None] | None = None) -> Response:
-        watched = self.watch.add(incoming.environ["gunicorn.socket"])
+                 with_owner: Callable[[str], None] | None = None, comments: bool = False) -> Response:
+        """`comments`: an event stream is asked for, whose client may be told of a long wait."""
+        outgoing = _outgoing(incoming, path, body)
+        watched = self.watch.add(outgoing.client)
+        waiter = self._waiter(what, backends, watched, prefer)
         try:
             for _ in range(PICKS):
-                lease = self._acquire(backends, what, watched, prefer)
+                lease = waiter.lease(within_s=commented.AFTER_S if comments else None)
+                if lease is None:
+                    return self._commented(outgoing, path, waiter, watched, with_id)
+                waiter.close()
                 if with_owner is not None:
                     with_owner(lease.instance_id)
                 try:
-                    return self._exchange(incoming, path, body, lease, watched, with_id)
-                except ConnectionRefused:
-                    # Nothing was sent.  Its keeper will notice too; until then another one may serve.
-                    self.manager.wait_for_change(LOOK_S)
+                    return self._exchange(outgoing, lease, watched, with_id)
+                except ConnectionRefused:   # nothing was sent
+                    waiter.pause()
             raise UpstreamError(f"{what} takes no connections although it should be ready; try again later")
         except BaseException:
+            waiter.close()
             watched.close()
             raise
+
+    def _waiter(self, what: str, backends: Callable[[], list[Candidate]], watched: Watched,
+                prefer: str | None = None) -> Waiter:
+        return Waiter(self.manager, what, backends, watched, prefer=prefer,
+                      patience_s=self.manager.settings.request_queue_timeout_s)
+
+    def _commented(self, outgoing: Outgoing, path: str, waiter: Waiter, watched: Watched,
+                   with_id: Callable[[bytes, str], None] | None) -> Response:
+        """200 now, and comments until the engine's own events can follow."""
+        # Its head will not reach the client, who must not be sent what only that explains.
+        plain = outgoing._replace(headers={name: value for name, value in outgoing.headers.items()
+                                           if name.lower() != "accept-encoding"} | {"Accept-Encoding": "identity"})
+
+        def open_stream(lease: Lease) -> tuple[urllib3.HTTPResponse, RelayStream]:
+            exchange, upstream = self._send(plain, lease, watched)
+            return upstream, RelayStream(upstream, exchange, lease, watched, _first_piece(with_id, lease))
+
+        stream = commented.CommentedStream(waiter, open_stream, watched, path)
+        return EngineResponse(stream, status=200, headers=commented.HEADERS, direct_passthrough=True)
 
     def _upgrade(self, incoming: Request, path: str, backends: Callable[[], list[Candidate]], what: str) -> Response:
         upgrade = incoming.headers.get("Upgrade", "")
@@ -213,10 +247,13 @@ class Router:
             raise UpgradeRequired(f"{path[:80]} is a WebSocket: send GET with Connection: Upgrade")
         client = incoming.environ["gunicorn.socket"]
         watched = self.watch.add(client)
+        waiter = self._waiter(what, backends, watched)
         try:
-            lease = self._acquire(backends, what, watched, None)
+            lease = waiter.lease()
         finally:
+            waiter.close()
             watched.close()
+        assert lease is not None
         try:
             open_tunnel(self.relays, client, lease,
                         handshake(_target(incoming, path), lease.port, incoming.headers, upgrade))
@@ -225,18 +262,30 @@ class Router:
             raise
         return Response(TakenOver(), direct_passthrough=True)
 
-    def _exchange(self, incoming: Request, path: str, body: bytes | bytearray, lease: Lease, watched: Watched,
+    def _exchange(self, outgoing: Outgoing, lease: Lease, watched: Watched,
                   with_id: Callable[[bytes, str], None] | None) -> Response:
         """Send, read the head, and hand what is held to a RelayStream.  Releases the lease if that fails."""
+        exchange, upstream = self._send(outgoing, lease, watched)
+        on_first = _first_piece(with_id, lease)
+        if self._relayed(outgoing, upstream, exchange, lease, watched, on_first):
+            return Response(TakenOver(), direct_passthrough=True)
+        stream = RelayStream(upstream, exchange, lease, watched, on_first)
+        response = EngineResponse(stream, status=upstream.status, headers=response_headers(upstream),
+                                  direct_passthrough=True)
+        if outgoing.method == "HEAD" or upstream.status in BODYLESS:
+            response.response = []
+            stream.end_without_body()
+        return response
+
+    def _send(self, outgoing: Outgoing, lease: Lease, watched: Watched) -> tuple[Exchange, urllib3.HTTPResponse]:
+        """Send and read the head.  Releases the lease if that fails."""
         exchange = Exchange()
-        url = f"http://127.0.0.1:{lease.port}{_target(incoming, path)}"
-        payload = body if body or incoming.method in ("POST", "PUT", "PATCH") else None
         try:
             lease.on_cut(exchange.abort)
             watched.on_gone(exchange.abort)
-            upstream = self._upstream.send(exchange, incoming.method, url,
-                                           request_headers(incoming.headers, payload), payload,
-                                           self.manager.settings.request_timeout_s)
+            return exchange, self._upstream.send(
+                exchange, outgoing.method, f"http://127.0.0.1:{lease.port}{outgoing.target}", outgoing.headers,
+                outgoing.payload, self.manager.settings.request_timeout_s)
         except BaseException as error:
             watched.on_gone(None)
             exchange.detach()
@@ -244,25 +293,14 @@ class Router:
                 raise self._verdict(error, lease, watched) from error
             finally:
                 lease.release()
-        on_first = (lambda piece: with_id(piece, lease.instance_id)) if with_id is not None else None
-        if self._relayed(incoming, upstream, exchange, lease, watched, on_first):
-            return Response(TakenOver(), direct_passthrough=True)
-        stream = RelayStream(upstream, exchange, lease, watched, on_first)
-        response = EngineResponse(stream, status=upstream.status, headers=response_headers(upstream),
-                                  direct_passthrough=True)
-        if incoming.method == "HEAD" or upstream.status in BODYLESS:
-            response.response = []
-            stream.end_without_body()
-        return response
 
-    def _relayed(self, incoming: Request, upstream: urllib3.HTTPResponse, exchange: Exchange, lease: Lease,
+    def _relayed(self, outgoing: Outgoing, upstream: urllib3.HTTPResponse, exchange: Exchange, lease: Lease,
                  watched: Watched, on_first: Callable[[bytes], None] | None) -> bool:
         """Whether a relay process has taken the stream over.  Releases what is held if that fails."""
-        if self.relays is None or not may_be_taken_over(incoming.method, incoming.environ["SERVER_PROTOCOL"], upstream):
+        if self.relays is None or not may_be_taken_over(outgoing.method, outgoing.protocol, upstream):
             return False
-        client = incoming.environ["gunicorn.socket"]
         try:
-            if take_over(self.relays, client, upstream, exchange, lease, watched, on_first):
+            if take_over(self.relays, outgoing.client, upstream, exchange, lease, watched, on_first):
                 return True
         except BaseException:
             upstream.close()
@@ -286,49 +324,6 @@ class Router:
                 return UpstreamError(problem.message, code=problem.code) if problem is not None else error
             self.manager.wait_for_change(0.05)
         return lease.cut_error or error
-
-    def _acquire(self, backends: Callable[[], list[Candidate]], what: str, watched: Watched,
-                 prefer: str | None) -> Lease:
-        """A lease on a ready backend; waits while one is loading.
-
-        Raises ModelNotFound/NotFound (from `backends`), LoadFailed with the cause, StartTimeout, ClientLeft.
-        """
-        deadline: float | None = None
-        while True:
-            candidates = backends()
-            chosen = balancer.pick(candidates, prefer)
-            if chosen is not None:
-                try:
-                    return self.manager.lease(chosen)
-                except (NotReady, NotFound):
-                    continue
-            self._raise_if_failed(candidates, what)
-            now = time.monotonic()
-            if deadline is None:
-                deadline = now + self._patience_s(candidates)
-            if now >= deadline:
-                raise StartTimeout(f"{what} is still loading; GET /instances shows how far it is", retry_after_s=10)
-            if watched.gone:
-                raise ClientLeft
-            self.manager.wait_for_change(min(LOOK_S, deadline - now), wanted=[one.id for one in candidates])
-
-    def _patience_s(self, candidates: list[Candidate]) -> float:
-        if (patience_s := self.manager.settings.request_queue_timeout_s) is not None:
-            return patience_s
-        try:
-            return max(self.manager.start_deadline_s(one.id) for one in candidates)
-        except NotFound:
-            return LOOK_S
-
-    def _raise_if_failed(self, candidates: list[Candidate], what: str) -> None:
-        if any(candidate.state in ACTIVE for candidate in candidates):
-            return
-        failed = next((one for one in candidates if one.state is State.FAILED), None)
-        found = self.manager.problem_of(failed.id) if failed is not None else None
-        if found is not None and found[1] is not None:
-            raise LoadFailed(found[1].message, code=found[1].code, status=found[1].status, param="model")
-        raise ManagerError(f"{what} is being stopped; create it again with POST /instances", code="stopping",
-                           retry_after_s=5)
 
     def _backends(self, model: str) -> list[Candidate]:
         candidates = self.manager.candidates(model)
@@ -359,6 +354,16 @@ class Router:
     def _owner(self, response_id: str) -> str | None:
         with self._lock:
             return self._response_owner.get(response_id)
+
+
+def _outgoing(incoming: Request, path: str, body: bytes | bytearray) -> Outgoing:
+    payload = body if body or incoming.method in ("POST", "PUT", "PATCH") else None
+    return Outgoing(incoming.method, _target(incoming, path), request_headers(incoming.headers, payload), payload,
+                    incoming.environ["gunicorn.socket"], incoming.environ["SERVER_PROTOCOL"])
+
+
+def _first_piece(with_id: Callable[[bytes, str], None] | None, lease: Lease) -> Callable[[bytes], None] | None:
+    return None if with_id is None else lambda piece: with_id(piece, lease.instance_id)
 
 
 def _target(incoming: Request, path: str) -> str:
