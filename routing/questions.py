@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import os
+import ssl
 from http.client import HTTPException
 from typing import NamedTuple, Self
 
@@ -52,8 +54,7 @@ class Conversation:
             raise NoAnswer(f"no answer from {path} within {limit_s:g} s") from None
         except (OSError, EOFError, HTTPException, ValueError, asyncio.LimitOverrunError) as error:
             self._close()
-            text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise NoAnswer(f"{path}: {text[:200]}") from error
+            raise NoAnswer(f"{path}: {_said(error)}") from error
 
     async def _get(self, path: str) -> Answer:
         reused = self._writer is not None
@@ -85,6 +86,13 @@ class Conversation:
             with contextlib.suppress(RuntimeError):     # the loop may be closing
                 self._writer.transport.abort()
         self._reader = self._writer = None
+
+
+def _said(error: Exception) -> str:
+    """asyncio puts its own words in the place of the system's."""
+    if isinstance(error, OSError) and not isinstance(error, ssl.SSLError) and (error.errno or 0) > 0:
+        return os.strerror(error.errno or 0)
+    return (str(error) or type(error).__name__)[:200]
 
 
 async def _body(reader: asyncio.StreamReader, head: Head) -> bytes:
