@@ -10,6 +10,7 @@ import contextlib
 import errno
 import logging
 import socket
+import ssl
 from collections.abc import Callable, Iterator
 from email.utils import formatdate
 from typing import Any, BinaryIO
@@ -178,7 +179,7 @@ def take_over(relays: Relays, client: socket.socket, response: urllib3.HTTPRespo
     the relay reports the end.
     """
     upstream = exchange.socket
-    if upstream is None:
+    if upstream is None or isinstance(upstream, ssl.SSLSocket):     # a session cannot be handed over
         return False
     read = buffered(response, upstream, wait=on_first is not None)
     if on_first is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -19,8 +20,8 @@ from typing import Any, TypeVar
 import requests
 import urllib3
 from requests.adapters import HTTPAdapter
-from urllib3.connection import HTTPConnection
-from urllib3.connectionpool import HTTPConnectionPool
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.util import SKIP_HEADER
 
 from errors import DaemonError, UpstreamError, UpstreamTimeout
@@ -28,7 +29,7 @@ from routing.response_head import BadHead, read_head
 
 IDLE_LIMIT_S = 4.0      # the engine closes a connection that idles for 5 s (uvicorn); never be the second to know
 CONNECT_TIMEOUT_S = 10.0
-POOLS = 1024            # one a backend
+POOLS = 4096            # one a backend
 BODYLESS = frozenset({204, 304})
 
 HOP_BY_HOP = frozenset({
@@ -92,11 +93,12 @@ class Exchange:
 
 def _shut(sock: Socket) -> None:
     with contextlib.suppress(OSError):
-        sock.shutdown(SHUT_RDWR)
+        Socket.shutdown(sock, SHUT_RDWR)    # of a TLS socket too: its own takes the session from under its reader
 
 
 class _Current(threading.local):
     exchange: Exchange | None = None
+    tls: ssl.SSLContext | None = None
 
 
 _current = _Current()
@@ -126,7 +128,7 @@ class _Answer(http.client.HTTPResponse):
         self.will_close = head.closes or (self.length is None and not head.chunked)
 
 
-class _Connection(HTTPConnection):
+class _Attached(HTTPConnection):
     idle_since = 0.0
     response_class = _Answer
 
@@ -136,12 +138,16 @@ class _Connection(HTTPConnection):
             _current.exchange.attach(self.sock, reused=False)
 
 
+class _TlsConnection(_Attached, HTTPSConnection):
+    pass
+
+
 class _Pool(HTTPConnectionPool):
-    ConnectionCls = _Connection
+    ConnectionCls = _Attached
 
     def _get_conn(self, timeout: float | None = None) -> Any:
         connection = super()._get_conn(timeout)
-        if isinstance(connection, _Connection) and connection.sock is not None:
+        if isinstance(connection, _Attached) and connection.sock is not None:
             exchange = _current.exchange
             if time.monotonic() - connection.idle_since > IDLE_LIMIT_S or (exchange is not None and exchange.fresh):
                 connection.close()
@@ -150,15 +156,32 @@ class _Pool(HTTPConnectionPool):
         return connection
 
     def _put_conn(self, conn: Any) -> None:
-        if isinstance(conn, _Connection):
+        if isinstance(conn, _Attached):
             conn.idle_since = time.monotonic()
         super()._put_conn(conn)
+
+
+class _TlsPool(_Pool, HTTPSConnectionPool):
+    ConnectionCls = _TlsConnection
+
+    def _validate_conn(self, conn: Any) -> None:
+        """Without urllib3's warning where the user has turned verification off, who knows it."""
+        if conn.is_closed:
+            conn.connect()
 
 
 class _Adapter(HTTPAdapter):
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         super().init_poolmanager(*args, **kwargs)
-        self.poolmanager.pool_classes_by_scheme = {"http": _Pool}
+        self.poolmanager.pool_classes_by_scheme = {"http": _Pool, "https": _TlsPool}
+
+    def build_connection_pool_key_attributes(self, *args: Any, **kwargs: Any) -> Any:
+        """The exchange's own TLS settings are all that counts: requests would load its authorities each time."""
+        host, _ = super().build_connection_pool_key_attributes(*args, **kwargs)
+        return host, {"ssl_context": _current.tls} if _current.tls is not None else {}
+
+    def cert_verify(self, *args: Any, **kwargs: Any) -> None:
+        """The context does."""
 
     def build_response(self, req: requests.PreparedRequest, resp: Any) -> Any:
         """urllib3's response as it is: its bytes pass on unread."""
@@ -172,8 +195,9 @@ class Upstream:
         self._adapter = _Adapter(pool_connections=POOLS, pool_maxsize=connections, max_retries=0)
 
     def send(self, exchange: Exchange, method: str, url: str, headers: dict[str, str], body: bytes | bytearray | None,
-             timeout_s: float) -> urllib3.HTTPResponse:
-        """The answer with its head read and its body not.  Blocks up to `timeout_s` seconds for the head.
+             timeout_s: float, tls: ssl.SSLContext | None = None) -> urllib3.HTTPResponse:
+        """The answer with its head read and its body not.  Blocks up to `timeout_s` seconds for the head.  An
+        https:// address needs `tls`.
 
         A pooled connection that the engine had closed meanwhile is tried once more on a fresh one, but never once
         an answer has begun.  Raises ConnectionRefused when nothing was sent, else UpstreamError or UpstreamTimeout.
@@ -182,7 +206,7 @@ class Upstream:
         request.method, request.url = method, url
         request.body = body  # type: ignore[assignment]  # urllib3 sends any buffer
         request.headers = headers  # type: ignore[assignment]
-        _current.exchange = exchange
+        _current.exchange, _current.tls = exchange, tls
         try:
             with upstream_errors():
                 try:
@@ -192,10 +216,11 @@ class Upstream:
                         raise
                 return self._send_again(exchange, request, timeout_s)
         finally:
-            _current.exchange = None
+            _current.exchange = _current.tls = None
 
     def _send(self, request: requests.PreparedRequest, timeout_s: float) -> urllib3.HTTPResponse:
-        response: Any = self._adapter.send(request, stream=True, timeout=(CONNECT_TIMEOUT_S, timeout_s), proxies={})
+        response: Any = self._adapter.send(request, stream=True, timeout=(min(CONNECT_TIMEOUT_S, timeout_s), timeout_s),
+                                            proxies={})
         return response  # type: ignore[no-any-return]
 
     def _send_again(self, exchange: Exchange, request: requests.PreparedRequest,
@@ -234,11 +259,15 @@ def upstream_errors() -> Iterator[None]:
         yield
     except DaemonError:
         raise
-    except (requests.ConnectTimeout, requests.ReadTimeout, urllib3.exceptions.ReadTimeoutError) as error:
+    except requests.ConnectTimeout as error:
+        raise ConnectionRefused("the engine does not take the connection") from error
+    except (requests.ReadTimeout, urllib3.exceptions.ReadTimeoutError) as error:
         raise UpstreamTimeout("the engine did not answer in time (REQUEST_TIMEOUT)") from error
     except requests.ConnectionError as error:
         if _cause(error, urllib3.exceptions.NewConnectionError) is not None:
             raise ConnectionRefused("the engine takes no connections") from error
+        if (untrusted := _cause(error, ssl.SSLCertVerificationError)) is not None:
+            raise ConnectionRefused(f"its certificate is not trusted: {untrusted.verify_message}") from error
         if (bad := _cause(error, BadHead)) is not None:
             raise UpstreamError(f"the engine's answer is not valid HTTP: {bad}", code="bad_answer") from error
         raise UpstreamError("the engine closed the connection before it answered") from error

@@ -6,6 +6,7 @@ import contextlib
 import json
 import socket
 import socketserver
+import ssl
 import threading
 from collections import Counter
 from collections.abc import Mapping
@@ -62,7 +63,8 @@ class StubServer(socketserver.ThreadingTCPServer):
     block_on_close = False
     request_queue_size = 1000
 
-    def __init__(self, name: str = "stub", models: tuple[str, ...] = ("m",), port: int = 0) -> None:
+    def __init__(self, name: str = "stub", models: tuple[str, ...] = ("m",), port: int = 0,
+                 tls: ssl.SSLContext | None = None) -> None:
         self.name = name
         self.entries: list[dict[str, Any]] = [{"id": model, "object": "model"} for model in models]
         self.lock = threading.Lock()
@@ -74,13 +76,14 @@ class StubServer(socketserver.ThreadingTCPServer):
         self.extra: dict[str, str] = {}         # headers of every answer
         self.running = self.waiting = 0
         self._open: set[socket.socket] = set()
+        self._tls = tls
         super().__init__(("127.0.0.1", port), Handler)
         self.port = self.server_address[1]
         self._thread: threading.Thread | None = None
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'https' if self._tls else 'http'}://127.0.0.1:{self.port}"
 
     def answer(self, path: str, body: bytes) -> tuple[int, Mapping[str, str], bytes]:
         status = self.statuses.get(path, self.statuses.get("*", 200))
@@ -129,6 +132,8 @@ class StubServer(socketserver.ThreadingTCPServer):
 
     def get_request(self) -> tuple[socket.socket, Any]:
         request, address = super().get_request()
+        if self._tls is not None:
+            request = self._tls.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
         with self.lock:
             self._open.add(request)
         return request, address

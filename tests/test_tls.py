@@ -1,0 +1,115 @@
+"""Servers behind https://: whose certificate counts, and that nothing goes to one that is not trusted."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import ssl
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from configuration.servers import ServerConfig
+from routing.questions import Conversation, NoAnswer
+from routing.remote import Origin
+from routing.upstream import ConnectionRefused, Exchange, Upstream
+from tests.stub_server import StubServer
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for 127.0.0.1 that is its own authority, with its key in the same file."""
+    openssl = shutil.which("openssl")
+    assert openssl is not None, "the tests of TLS need openssl (apt install openssl)"
+    folder = tmp_path_factory.mktemp("tls")
+    path = folder / "server.pem"
+    subprocess.run([openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+                    "-days", "2", "-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1",
+                    "-keyout", folder / "key.pem", "-out", folder / "cert.pem"], check=True, capture_output=True)
+    path.write_bytes((folder / "key.pem").read_bytes() + (folder / "cert.pem").read_bytes())
+    return path
+
+
+@pytest.fixture
+def server(certificate: Path) -> Iterator[StubServer]:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    with StubServer(tls=context) as running:
+        yield running
+
+
+def origin(server: StubServer, **tls: object) -> Origin:
+    return Origin.of(ServerConfig(server.url, 1, **tls))  # type: ignore[arg-type]
+
+
+def post(server: StubServer, where: Origin, upstream: Upstream, exchange: Exchange | None = None) -> bytes:
+    response = upstream.send(exchange or Exchange(), "POST", f"{where.base}/v1/completions", {"Content-Length": "2"},
+                             b"{}", 60, where.tls)
+    try:
+        return bytes(response.read())
+    finally:
+        response.release_conn()
+
+
+@pytest.mark.parametrize("verified", [True, False])
+def test_a_server_that_is_trusted_gets_requests_on_one_connection(server: StubServer, certificate: Path,
+                                                                  verified: bool) -> None:
+    where = origin(server, ca=certificate) if verified else origin(server, verify=False)
+    upstream = Upstream(4)
+    try:
+        for _ in range(3):
+            exchange = Exchange()
+            assert b'"server": "stub"' in post(server, where, upstream, exchange)
+            assert isinstance(exchange.socket, ssl.SSLSocket)
+        assert len(server._open) == 1
+    finally:
+        upstream.close()
+
+
+def test_one_that_is_not_trusted_gets_nothing(server: StubServer) -> None:
+    upstream = Upstream(4)
+    try:
+        with pytest.raises(ConnectionRefused, match="not trusted"):
+            post(server, origin(server), upstream)
+    finally:
+        upstream.close()
+    assert not server.asked
+
+
+def test_an_exchange_can_be_ended_while_it_waits(server: StubServer, certificate: Path) -> None:
+    server.hangs["*"] = True
+    upstream, exchange, where = Upstream(4), Exchange(), origin(server, ca=certificate)
+    done: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            post(server, where, upstream, exchange)
+        except Exception as error:
+            done.append(error)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        while not server.asked:
+            thread.join(0.01)
+        exchange.abort()
+        thread.join(60)
+        assert len(done) == 1 and type(done[0]).__name__ == "UpstreamError"
+    finally:
+        server.released.set()
+        upstream.close()
+
+
+def test_checks_hold_to_the_same(server: StubServer, certificate: Path) -> None:
+    def ask(where: Origin) -> int:
+        async def once() -> int:
+            async with Conversation(where) as talk:
+                return (await talk.get("/health", 60)).status
+        return asyncio.run(once())
+
+    assert ask(origin(server, ca=certificate)) == ask(origin(server, verify=False)) == 200
+    with pytest.raises(NoAnswer, match="certificate verify failed"):
+        ask(origin(server))
