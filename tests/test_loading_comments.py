@@ -105,7 +105,8 @@ def test_an_engine_that_refuses_the_request_ends_the_stream_with_its_own_error(d
 
 def test_a_client_that_leaves_meanwhile_costs_the_engine_nothing(daemon: Daemon) -> None:
     made = daemon.create("org/m", sim=LOADING, wait=False)
-    with daemon.open("POST", "/v1/chat/completions", {"model": "org/m", "messages": MESSAGES, "stream": True}) as answer:
+    ask = {"model": "org/m", "messages": MESSAGES, "stream": True}
+    with daemon.open("POST", "/v1/chat/completions", ask) as answer:
         assert next(events(answer)).startswith(b": loading")
     wait_until(lambda: daemon.status_of(made["id"]) == "ready")
     assert stream(daemon)[1]        # whoever came before would have been served by now
