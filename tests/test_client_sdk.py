@@ -202,3 +202,5 @@ def test_it_is_installed_without_the_checkout(daemon: Daemon, tmp_path: Path) ->
     done = run(daemon, "-c", program, PYTHONPATH=str(tmp_path / "target"))
     assert done.stdout.split() == [str(tmp_path / "target" / "vllm_server_client" / "__init__.py"), "demo"], done.stderr
     assert (tmp_path / "target" / "vllm_server_client" / "py.typed").exists()
+    done = run(daemon, tmp_path / "target" / "bin" / "vllm-server", "models", PYTHONPATH=str(tmp_path / "target"))
+    assert done.returncode == 0 and "demo" in done.stdout, done.stderr

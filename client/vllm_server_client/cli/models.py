@@ -1,0 +1,73 @@
+"""models, load: what can be named in requests, and bringing it into memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.text import Text
+
+from vllm_server_client.cli import loading, words
+from vllm_server_client.cli.complete import model_words
+from vllm_server_client.cli.instances import instance_table
+from vllm_server_client.cli.terminal import Command, Row, Terminal, pass_terminal, table
+
+
+@click.command(cls=Command)
+@pass_terminal
+def models(terminal: Terminal) -> None:
+    """List the models that requests may name."""
+    with terminal.client() as client:
+        found = client.models()
+    rows: list[Row] = [[one["id"], Text(one["status"].replace("_", " "), words.STYLES.get(one["status"], "")),
+             str(len(one["instances"])), one["root"] if one["root"] != one["id"] else ""] for one in found]
+    terminal.show(found, table(["model", "state", "instances", "from"], rows, wide=3) if rows
+                  else Text("no models; load one: vllm-server load MODEL", "dim"))
+
+
+@click.command(cls=Command)
+@click.argument("model", shell_complete=model_words)
+@click.option("-p", "--param", "params", multiple=True, metavar="FLAG=VALUE",
+              help="A flag of vLLM, e.g. -p max_model_len=4096; several may be given.")
+@click.option("--idle-timeout", type=click.FloatRange(0), metavar="SECONDS",
+              help="Without a request for so long, it is stopped; 0: never.")
+@click.option("--new", is_flag=True, help="One more replica.")
+@click.option("--replace", is_flag=True, help="In place of one that has other flags.")
+@click.option("--wait/--no-wait", default=True, help="Wait until it is ready, and show how far it is.  [default: wait]")
+@click.option("--timeout", type=click.FloatRange(0), metavar="SECONDS", help="Wait no longer; loading goes on.")
+@pass_terminal
+def load(terminal: Terminal, model: str, params: Sequence[str], idle_timeout: float | None, new: bool, replace: bool,
+         wait: bool, timeout: float | None) -> None:
+    """Load a model: a name of Hugging Face, or a folder."""
+    with terminal.client() as client:
+        instance = client.create_instance(whole_path(model), flags(params), idle_timeout=idle_timeout, new=new,
+                                          replace=replace)
+        if wait:
+            instance = loading.until_ready(terminal, client, instance, timeout_s=timeout)
+    terminal.show(instance, instance_table([instance]))
+
+
+def flags(params: Sequence[str]) -> dict[str, Any]:
+    """`flag=value` words; a value that is JSON is taken as such, any other as text.  Raises click.BadParameter."""
+    found: dict[str, Any] = {}
+    for word in params:
+        name, equals, value = word.lstrip("-").partition("=")
+        if not name or not equals:
+            raise click.BadParameter(f"{word!r} should look like max_model_len=4096", param_hint="--param")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+def whole_path(model: str) -> str:
+    """A folder here as an absolute path, since the server is at home in another one; any other name as it is."""
+    return str(Path(model).resolve()) if model.startswith((".", "~")) and Path(model).expanduser().is_dir() else model
+
+
+def entry(model: str, among: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    return next((one for one in among if one["id"] == model), None)

@@ -1,0 +1,53 @@
+"""health, reload, completion: the server as a whole, and the shell."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+from click.shell_completion import get_completion_class
+from rich.text import Text
+
+from vllm_server_client.cli.terminal import Command, Terminal, pass_terminal
+
+SHELLS = ("bash", "zsh", "fish")
+VARIABLE = "_VLLM_SERVER_COMPLETE"
+
+
+@click.command(cls=Command)
+@pass_terminal
+def health(terminal: Terminal) -> None:
+    """Ask whether the server serves.  Exit code 3 when it does not."""
+    with terminal.client() as client:
+        found = client.health()
+    simulated = " with a SIMULATED engine" if found["simulated"] else ""
+    terminal.show(found, Text(f"{found['status']}: version {found['version']}{simulated}, {found['instances']} "
+                              f"instances, ready: {found['ready']}"))
+
+
+@click.command(cls=Command)
+@pass_terminal
+def reload(terminal: Terminal) -> None:
+    """Make the server read its settings anew; a mistake leaves the old ones in force."""
+    with terminal.client() as client:
+        found = client.reload()
+    changed = ", ".join(found["changed"])
+    terminal.show(found, Text(f"changed: {changed}" if changed else "nothing changed"))
+
+
+@click.command(cls=Command)
+@click.argument("shell", type=click.Choice(SHELLS), required=False)
+@click.pass_context
+def completion(context: click.Context, shell: str | None) -> None:
+    """Print what makes a shell complete commands, models and ids.
+
+    For bash, in ~/.bashrc:  eval "$(vllm-server completion bash)"
+    """
+    chosen = shell or Path(os.environ.get("SHELL", "")).name
+    if chosen not in SHELLS:
+        raise click.UsageError(f"name the shell: {', '.join(SHELLS)}")
+    root = context.find_root()
+    kind = get_completion_class(chosen)
+    assert kind is not None
+    click.echo(kind(root.command, {}, "vllm-server", VARIABLE).source())
