@@ -97,6 +97,10 @@ class TooManyInstances(ManagerError):
     code = "too_many_instances"
 
 
+class QueueFull(ManagerError):
+    code = "queue_full"
+
+
 class NoFreePort(ManagerError):
     code = "no_free_port"
 

@@ -11,19 +11,22 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import gpu
-from config import Settings, merge_flags
+from config import Settings, diff
 from errors import Conflict, EngineStopped, ManagerError, ShuttingDown, TooManyInstances
+from instances.demand import Demand
 from instances.instance import ACTIVE, Haste, Instance, InstanceSpec, InstanceView, State
 from instances.keeper import Keeper
 from instances.launcher import Launcher
 from instances.loop import Loop
-from instances.registry import LOOK_S, Registry
+from instances.registry import LOOK_S
 from instances.resources import Resources
+from instances.specs import CreateRequest, differences, spec_for
 from instances.store import Record, StateDir
+
+__all__ = ["FIXED", "CreateRequest", "InstanceManager"]
 
 log = logging.getLogger("vllm_server.manager")
 
@@ -34,21 +37,7 @@ FIXED = ("host", "port", "threads", "keepalive_s", "max_connections", "relays", 
 """Settings that a reload leaves as they were at the start."""
 
 
-@dataclass(frozen=True)
-class CreateRequest:
-    """`timeout_s` and `start_timeout_s` None: the settings' values."""
-
-    model: str
-    params: Mapping[str, Any]
-    timeout_s: float | None = None
-    start_timeout_s: float | None = None
-    replace: bool = False
-    new: bool = False
-    sleep_level: int = 0
-    stop_after_s: float | None = None
-
-
-class InstanceManager(Registry):
+class InstanceManager(Demand):
     """Thread-safe.  `start()` takes over what an earlier daemon left and begins to reap; `shutdown()` ends it."""
 
     def __init__(self, settings: Settings, state_dir: StateDir, *, launcher: Launcher | None = None,
@@ -56,6 +45,7 @@ class InstanceManager(Registry):
                  clock: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time,
                  run: Callable[[Loop], None] = Loop.start) -> None:
         super().__init__(clock=clock, wall=wall)
+        self._lines: dict[str, dict[object, float]] = {}
         self.resources = Resources(
             settings, state_dir, launcher=launcher or Launcher(), environ=environ,
             devices=devices or gpu.GpuReader(visible=settings.engine_env.get("CUDA_VISIBLE_DEVICES")))
@@ -80,15 +70,17 @@ class InstanceManager(Registry):
         the request names one.  Raises Conflict, TooManyInstances, ShuttingDown; ManagerError when its record cannot
         be written, and then nothing has happened.
         """
-        spec = self._spec(request)
+        spec = spec_for(self.settings, request)
         with self._changed:
             if self._closing:
                 raise ShuttingDown("the daemon is shutting down and starts no instances")
-            active = [one for one in self._instances.values() if one.spec.model == spec.model and one.state in ACTIVE]
-            same = next((one for one in active if not _differences(one.spec, spec)), None)
+            active = [one for one in self._instances.values() if one.spec.model == spec.model and one.state in ACTIVE
+                      and not set(one.spec.names).isdisjoint(spec.names)]
+            same = next((one for one in active if not differences(one.spec, spec)), None)
             if same is not None and not request.new:
                 self._touch(same, request.timeout_s)
                 self._begin_wake(same, "created again")
+                same.on_demand = False
                 return self._view(same), False
             if active and not (request.replace or request.new):
                 raise Conflict(_other_params(active[0], spec), code="instance_exists", param="params")
@@ -102,7 +94,7 @@ class InstanceManager(Registry):
             for one in replaced:
                 if one.state in ACTIVE:
                     one.change_state(State.STOPPING, now, "replaced")
-            self._forget_failed(spec.model)
+            self._forget_failed(spec)
             return self._view(instance), True
 
     def stop(self, instance_id: str, *, force: bool = False, why: str = "deleted") -> InstanceView:
@@ -153,13 +145,19 @@ class InstanceManager(Registry):
             self.resources.launcher.end_remains(instance_id, None)
         for record in found.records:
             self._take_over(record)
+        with self._changed:
+            self._apply_catalog()
+        self.preload([entry.id for entry in self.settings.catalog.models.values() if entry.preload])
         self._run(self._reaper)
 
     def tick(self, now: float) -> None:
-        """One round of the reaper: what is idle past its timeout sleeps if it may, and is stopped otherwise."""
+        """One round of the reaper: what is idle past its timeout sleeps if it may, and is stopped otherwise; loads
+        that nobody waits for any more are given up, and what the configuration no longer has goes."""
         with self._changed:
+            self._give_up_loads(now)
+            made = self._retire_outdated()
             for one in list(self._instances.values()):
-                if not one.expired(now):
+                if not one.expired(now) or self._queued(one):
                     continue
                 if one.state is State.SLEEPING:
                     self._begin_stop(one, Haste.DRAIN, f"asleep for {one.spec.stop_after_s:g} s")
@@ -167,6 +165,7 @@ class InstanceManager(Registry):
                     self._begin_sleep(one, one.spec.sleep_level, f"idle for {one.spec.timeout_s:g} s", drowsy=True)
                 elif one.state in (State.READY, State.BACKOFF):
                     self._begin_stop(one, Haste.DRAIN, f"idle for {one.spec.timeout_s:g} s")
+        self._begin_all(made)
 
     def shutdown(self, *, keep: bool, hurry: Callable[[], bool] = lambda: False,
                  alive: Callable[[], None] = lambda: None) -> None:
@@ -193,7 +192,8 @@ class InstanceManager(Registry):
     def reconfigure(self, settings: Settings) -> list[str]:
         """Use other settings from now on; the names of those that changed.
 
-        Running instances keep the flags they were started with.  What only a restart can change (FIXED) stays.
+        Running instances keep the flags they were started with, unless their entry of the catalog changed: then others
+        take their place, when nobody uses them or with the next request.  What only a restart can change (FIXED) stays.
         """
         current = self.settings
         wanted = replace(settings, **{name: getattr(current, name) for name in FIXED})
@@ -202,20 +202,13 @@ class InstanceManager(Registry):
         if ignored:
             log.warning("these settings change only with a restart: %s", ", ".join(ignored))
         self.resources.use(wanted)
+        with self._changed:
+            self._apply_catalog()
+        different = diff(current.catalog, wanted.catalog)
+        self.preload([id_ for id_ in (*different.added, *different.changed) if wanted.catalog.models[id_].preload])
         return changed
 
     # --- a new instance -------------------------------------------------------------------------------------------
-
-    def _spec(self, request: CreateRequest) -> InstanceSpec:
-        settings = self.settings
-        flags = merge_flags(settings.flags_default, settings.flags_config, settings.flags_env, request.params)
-        given = flags.pop("served_model_name", None) or ()
-        names = (given,) if isinstance(given, str) else tuple(str(name) for name in given)
-        return InstanceSpec(
-            model=request.model, names=tuple(dict.fromkeys((*names, request.model))), flags=flags,
-            params=dict(request.params), sleep_level=request.sleep_level, stop_after_s=request.stop_after_s,
-            timeout_s=settings.default_timeout_s if request.timeout_s is None else request.timeout_s,
-            start_timeout_s=settings.start_timeout_s if request.start_timeout_s is None else request.start_timeout_s)
 
     def _touch(self, instance: Instance, timeout_s: float | None) -> None:
         """Caller holds the lock."""
@@ -264,7 +257,10 @@ class InstanceManager(Registry):
                                f"check {self.resources.state_dir.path} (STATE_DIR)", code="state_dir") from error
 
     def _take_over(self, record: Record) -> None:
-        """An instance of an earlier daemon goes on: with its engine if that runs, else with a new one."""
+        """An instance of an earlier daemon goes on: with its engine if that runs, else with a new one.
+
+        What the catalog has is not started anew: the next request for it, or its preload, will do that.
+        """
         launcher, now = self.resources.launcher, self.clock()
         log_path = self.resources.log_path(record.id)
         engine = None if record.engine is None else launcher.find(record.id, record.engine, log_path)
@@ -282,6 +278,8 @@ class InstanceManager(Registry):
             self._register(instance)
             if record.state is State.STOPPING:
                 self._begin_stop(instance, Haste.DRAIN, "it was being stopped")
+            elif engine is None and record.spec.config_id is not None:
+                self._begin_stop(instance, Haste.DRAIN, "no engine of it was running")
         log.info("%s (%s): %s", record.id, record.spec.model, instance.why)
         self._run_keeper(instance, Keeper(
             instance, self, self.resources, engine=engine, was=record.state,
@@ -358,19 +356,7 @@ class InstanceManager(Registry):
                 alive()
 
 
-def _differences(mine: InstanceSpec, theirs: InstanceSpec) -> list[str]:
-    """The names of what would make another engine of it; idle times and the like do not."""
-    flags = {name for name in mine.flags.keys() | theirs.flags.keys()
-             if mine.flags.get(name) != theirs.flags.get(name)}
-    fields = {shown for name, shown in _ENGINE_FIELDS.items() if getattr(mine, name) != getattr(theirs, name)}
-    return sorted(flags | fields)
-
-
-_ENGINE_FIELDS = {"names": "served_model_name", "sleep_level": "sleep", "env": "env", "gpus": "gpus",
-                  "memory_bytes": "memory_mb", "hf_token": "hf_token"}
-
-
 def _other_params(active: Instance, spec: InstanceSpec) -> str:
     return (f"{spec.model} is active as instance {active.id} with other params "
-            f"({', '.join(_differences(active.spec, spec))}): send \"replace\": true to drain it and start anew with "
+            f"({', '.join(differences(active.spec, spec))}): send \"replace\": true to drain it and start anew with "
             "these, or \"new\": true for one more replica")

@@ -75,9 +75,10 @@ SERVED = frozenset({State.READY, State.FALLING_ASLEEP, State.SLEEPING, State.WAK
 class Haste(IntEnum):
     """How a stop goes about it; it may grow while the stop is under way, never shrink."""
 
-    DRAIN = 0       # requests in flight get DRAIN_TIMEOUT, then SIGTERM, then SIGKILL
-    TERMINATE = 1   # they had their time: cut them, then SIGTERM, then SIGKILL
-    KILL = 2        # cut them and SIGKILL
+    PATIENT = 0     # requests in flight end by themselves, however long they take; then as DRAIN
+    DRAIN = 1       # requests in flight get DRAIN_TIMEOUT, then SIGTERM, then SIGKILL
+    TERMINATE = 2   # they had their time: cut them, then SIGTERM, then SIGKILL
+    KILL = 3        # cut them and SIGKILL
 
 
 @dataclass(frozen=True)
@@ -214,12 +215,16 @@ class Instance:
     restarts: int = 0
     retry_at: float | None = None       # monotonic, in backoff
     last_error: Problem | None = None
-    haste: Haste = Haste.DRAIN
+    haste: Haste = Haste.PATIENT
     after: frozenset[str] = frozenset() # ids that must be gone before this one starts (a replacement)
     asleep_level: int = 0               # as the engine was last told: 0 awake, else how deep it sleeps
     drowsy: bool = False                # it falls asleep for want of requests alone: the next one keeps it up
     wake_wanted: bool = False           # as soon as it sleeps
     because: str = ""                   # why it stands where it does
+    launched_at: float | None = None    # monotonic: when its engine was started
+    reload_s: float | None = None       # what a start of it took before
+    on_demand: bool = False             # requests alone made it: its load is given up when none of them waits any more
+    outdated: bool = False              # its entry of the catalog has changed: another one takes its place
     engine: Mapping[str, Any] = field(default_factory=dict)  # facts of its start-up log
     on_change: Callable[[Instance, State], None] | None = None
 

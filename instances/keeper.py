@@ -398,8 +398,10 @@ class Keeper:
 
     def _stop(self, now: float) -> None:
         """Drain, cut, SIGTERM, SIGKILL: each step only when the one before is over."""
-        self._stop_watchdog()
         self._stop_talk()
+        if self._drains_patiently(now):
+            return
+        self._stop_watchdog()
         if self._drains(now) or self._settles(now) or self._terminates(now):
             return
         instance = self._instance
@@ -407,12 +409,21 @@ class Keeper:
         self._resources.forget(instance.id)
         self._registry.drop(instance)
 
+    def _drains_patiently(self, now: float) -> bool:
+        """Whether requests in flight may take as long as they like; not in an engine that is dead or hangs."""
+        instance = self._instance
+        if instance.haste is not Haste.PATIENT or not instance.leases:
+            return False
+        if self._watchdog is not None:
+            self._watch(now)
+        return instance.haste is Haste.PATIENT
+
     def _drains(self, now: float) -> bool:
         """Whether requests in flight have to be waited for still."""
         instance = self._instance
         if not instance.leases:
             return False
-        if instance.haste is Haste.DRAIN and now - instance.changed_at < self._resources.settings.drain_timeout_s:
+        if instance.haste <= Haste.DRAIN and now - instance.changed_at < self._resources.settings.drain_timeout_s:
             return True
         # An engine that gets SIGTERM with a connection open never ends: ours are closed first.
         if self._cut_at is None:
@@ -435,7 +446,7 @@ class Keeper:
         if self._term_at is None:
             if self._drained_at is None:
                 self._drained_at = now
-            if (haste is Haste.DRAIN and now - self._drained_at < TURN_PATIENCE_S
+            if (haste <= Haste.DRAIN and now - self._drained_at < TURN_PATIENCE_S
                     and not self._resources.take_turn(self._instance.id, self._instance.devices, now)):
                 return True
             self._term_at = now

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import DaemonError, NotFound, ShuttingDown
-from instances.instance import ACTIVE, Candidate, Instance, InstanceSpec, InstanceView, Lease, Problem, State
+from instances.instance import ACTIVE, Candidate, Haste, Instance, InstanceSpec, InstanceView, Lease, Problem, State
 from instances.placement import Plan
 
 FAILED_KEPT = 100     # failed instances that are listed with their cause until deleted; the oldest go first
@@ -171,6 +171,7 @@ class Registry:
     def note_process(self, instance: Instance, pid: int) -> None:
         with self._changed:
             instance.pid, instance.phase, instance.progress = pid, "starting", 0.0
+            instance.launched_at = self.clock()
 
     def note_memory(self, instance: Instance, measured_bytes: int | None) -> None:
         with self._changed:
@@ -187,7 +188,7 @@ class Registry:
             now = self.clock()
             instance.names = _names(instance.spec, names)
             instance.last_used, instance.phase, instance.progress = now, str(found), 1.0
-            instance.engine = facts
+            instance.engine, instance.on_demand = facts, False
             if found is State.READY:
                 instance.asleep_level = 0
             else:
@@ -244,10 +245,11 @@ class Registry:
                 self._restart_now(instance, problem)
 
     def record_problem(self, instance: Instance, problem: Problem) -> None:
-        """Backoff or failed, as the problem and the count of failures say; nothing when it is being stopped."""
+        """Backoff or failed, as the problem and the count of failures say; one that is being stopped goes at once."""
         with self._changed:
             instance.last_error = problem
             if instance.state not in ACTIVE:
+                instance.haste = max(instance.haste, Haste.TERMINATE)
                 return
             now = self.clock()
             if instance.state is State.SLEEPING and instance.spec.config_id is not None:
@@ -278,7 +280,7 @@ class Registry:
         """Its processes are gone."""
         with self._changed:
             instance.pid, instance.devices, instance.memory_measured_bytes = None, (), None
-            instance.phase, instance.progress = "", None
+            instance.phase, instance.progress, instance.launched_at = "", None, None
 
     def drop(self, instance: Instance) -> None:
         """It is stopped and nothing of it is left: take it off the list."""
@@ -345,11 +347,12 @@ class Registry:
             self._index()
         self._changed.notify_all()
 
-    def _forget_failed(self, model: str) -> None:
+    def _forget_failed(self, spec: InstanceSpec) -> None:
         """A new start takes the place of earlier failures; the oldest others go when there are many."""
         failed = [one for one in self._instances.values() if one.state is State.FAILED]
-        others = [one for one in failed if one.spec.model != model]
-        for one in [*(one for one in failed if one.spec.model == model), *others[:max(0, len(others) - FAILED_KEPT)]]:
+        same = [one for one in failed if one.spec.model == spec.model and not set(one.names).isdisjoint(spec.names)]
+        others = [one for one in failed if one not in same]
+        for one in [*same, *others[:max(0, len(others) - FAILED_KEPT)]]:
             self._drop(one, f"it had failed: {one.why}")
 
     def _index(self) -> None:

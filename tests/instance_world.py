@@ -5,9 +5,10 @@ No thread runs: `World.step` moves the clock and calls the tick of every keeper 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -196,7 +197,8 @@ class FakeLauncher:
 class World:
     """One manager and what it believes to be a machine."""
 
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: object) -> None:
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch,
+                 models: Mapping[str, Mapping[str, object]] | None = None, **settings: object) -> None:
         self.now = 1000.0
         self.events: list[str] = []
         self.engines: list[FakeEngine] = []
@@ -206,6 +208,7 @@ class World:
         self.launcher = FakeLauncher(self)
         self.folder = folder
         self.overrides = {"VLLM_BASE_PORT": str(BASE_PORT), "PROBE_INTERVAL": "0", **settings}
+        self.write_models(models or {})
         self.state_dir = StateDir(folder / "state")
         self.probe: type[FakeProbe] = type("WorldProbe", (FakeProbe,), {"world": self, "open": set()})
         monkeypatch.setattr(probe, "Probe", self.probe)
@@ -220,6 +223,15 @@ class World:
     def settings(self, **overrides: object) -> config.Settings:
         chosen = {name: str(value) for name, value in {**self.overrides, **overrides}.items()}
         return config.load_settings({"HOME": str(self.folder)}, cwd=self.folder, overrides=chosen)
+
+    def write_models(self, models: Mapping[str, Mapping[str, object]]) -> None:
+        """As the `models` of config.yaml; a `model_path` is added where there is none."""
+        entries = {id_: {"model_path": f"org/{id_}", **entry} for id_, entry in models.items()}
+        (self.folder / "config.yaml").write_text(json.dumps({"models": entries}))
+
+    def configure(self, models: Mapping[str, Mapping[str, object]]) -> list[str]:
+        self.write_models(models)
+        return self.manager.reconfigure(self.settings())
 
     def new_manager(self) -> InstanceManager:
         """As a daemon that starts on this state folder; the one before is gone."""
@@ -267,6 +279,31 @@ class World:
         self.step(times=2)
         assert self.view(view).state is State.READY
         return self.view(view), engine
+
+    def demand(self, name: str) -> InstanceView:
+        """One request for a model, that looks once and waits for nothing; the newest instance that answers to it."""
+        return self.manager.get(self.manager.demand(name)[-1].id)
+
+    def served(self, name: str) -> InstanceView:
+        """A request for a model, which is loaded for it and answers."""
+        view = self.demand(name)
+        for _ in range(20):
+            with self.waiting(name):
+                self.step(0.1)
+            view = self.view(view)
+            if view.state is State.STARTING and view.pid is not None:
+                self.engine(view).health = 200
+            if view.state is State.READY:
+                self.manager.lease(view.id).release(ok=True)
+                return self.view(view)
+        raise AssertionError(f"{name} is not served: {view}")
+
+    @contextlib.contextmanager
+    def waiting(self, name: str) -> Iterator[None]:
+        """A request waits for this model, in its queue and for a change."""
+        with self.manager.queue(name):
+            self.manager.wait_for_change(0.0, wanted=[one.id for one in self.manager.candidates(name)])
+            yield
 
     # --- what can be seen -----------------------------------------------------------------------------------------
 
