@@ -17,6 +17,8 @@ from typing import Any
 
 from configuration.config_file import FILE_NAMES, ConfigFile, device_problems, find_config_file, read_config_file
 from configuration.env_file import engine_variables, read_env_file, refuse_near_miss
+from configuration.keys import Key, read_keys
+from configuration.keys import checked as checked_keys
 from configuration.layers import Given, Layer, given, hint, parsed, value, where
 from configuration.models import Catalog, Difference, ModelConfig, diff
 from configuration.settings_table import (
@@ -43,8 +45,8 @@ from instances.flags import (
     to_argv,
 )
 
-__all__ = ["RESERVED_FLAGS", "SETTINGS", "Catalog", "Difference", "ModelConfig", "Setting", "Settings", "check_params",
-           "child_environment", "diff", "load_settings", "merge_flags", "to_argv"]
+__all__ = ["RESERVED_FLAGS", "SETTINGS", "Catalog", "Difference", "Key", "ModelConfig", "Setting", "Settings",
+           "check_params", "child_environment", "diff", "load_settings", "merge_flags", "to_argv"]
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,8 @@ class Settings:
     instance_log_bytes: int
     probe_interval_s: float                  # 0: no probing
     probe_timeout_s: float
-    api_keys: frozenset[str] = field(repr=False)
-    admin_api_keys: frozenset[str] = field(repr=False)
+    api_keys: tuple[Key, ...]                # for inference
+    admin_api_keys: tuple[Key, ...]          # for management and inference
     allow_unsafe_params: bool
     flags_default: Mapping[str, Any]
     flags_config: Mapping[str, Any]
@@ -115,6 +117,7 @@ def load_settings(environ: Mapping[str, str], *, env_file: Path | None = None, c
               file.layer)
     values = _values(layers, cwd, home)
     file.refuse(device_problems(file.catalog, values["gpu_ids"]))
+    values |= _keys(values, file, layers, cwd, home)
     flags_config = _flags_config(layers, cwd, home)
     flags_env = _flags_env(layers)
     return Settings(**values, catalog=file.catalog, config_file=config_path,
@@ -128,8 +131,6 @@ def load_settings(environ: Mapping[str, str], *, env_file: Path | None = None, c
 def _values(layers: tuple[Layer, ...], cwd: Path, home: Path) -> dict[str, Any]:
     """Every row of the table that is a field of Settings."""
     values = {s.field: value(s, layers) for s in SETTINGS if s.field}
-    values["api_keys"] = values["api_keys"] or frozenset()
-    values["admin_api_keys"] = values["admin_api_keys"] or frozenset()
     values["state_dir"] = _state_dir(values["state_dir"], layers, cwd, home)
     if values["debug"]:
         values["log_level"] = "DEBUG"
@@ -137,6 +138,20 @@ def _values(layers: tuple[Layer, ...], cwd: Path, home: Path) -> dict[str, Any]:
         raise ConfigError(where("VLLM_BASE_PORT", layers), f"{values['max_instances']} instances from port "
                           f"{values['base_port']} upward do not fit below 65536; lower it or VLLM_MAX_INSTANCES")
     return values
+
+
+def _keys(values: Mapping[str, Any], file: ConfigFile, layers: tuple[Layer, ...], cwd: Path,
+          home: Path) -> dict[str, tuple[Key, ...]]:
+    """Those of the variables, of the files that they name, and of config.yaml's `proxy.keys`, together."""
+    found: dict[str, tuple[Key, ...]] = {}
+    for name, more in (("API_KEYS", file.keys), ("ADMIN_API_KEYS", file.admin_keys)):
+        named = value(next(s for s in SETTINGS if s.name == f"{name}_FILE"), layers)
+        from_file = () if named is None else read_keys(_path(named, cwd, home))
+        try:
+            found[name.lower()] = checked_keys([*(values[name.lower()] or ()), *from_file, *more])
+        except ValueError as error:
+            raise ConfigError(name, str(error)) from None
+    return found
 
 
 def child_environment(settings: Settings, environ: Mapping[str, str]) -> dict[str, str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from configuration.keys import Key, checked, key_of_entry
 from configuration.layers import Given, Layer
 from configuration.models import Catalog, ModelConfig
 from configuration.schema import Problem, path_text, problems
@@ -45,6 +46,8 @@ class ConfigFile:
     catalog: Catalog = field(default_factory=Catalog)
     layer: Layer = field(default_factory=dict, repr=False)      # it may hold a key, and so may the document
     document: Document | None = field(default=None, repr=False)
+    keys: tuple[Key, ...] = ()          # of `proxy.keys`: for inference
+    admin_keys: tuple[Key, ...] = ()    # and for management
 
     def refuse(self, found: list[Problem]) -> None:
         """Raises ConfigError that tells all of these, unless there are none."""
@@ -72,7 +75,8 @@ def parse_config(text: str, file: str, home: Path) -> ConfigFile:
     if found := [*_name_problems(entries), *_entry_problems(entries)]:
         raise _config_error(document, found)
     models = {id_: _model(id_, entry, document, home) for id_, entry in entries.items()}
-    return ConfigFile(Catalog(MappingProxyType(models)), _layer(document), document)
+    keys, admin_keys = _keys(document, home)
+    return ConfigFile(Catalog(MappingProxyType(models)), _layer(document), document, keys, admin_keys)
 
 
 def _config_error(document: Document, found: list[Problem]) -> ConfigError:
@@ -91,6 +95,18 @@ def _layer(document: Document) -> dict[str, Given]:
             items = value if isinstance(value, list) else [value]
             found[name] = Given(",".join(map(_text, items)), document.where((section, key)))
     return found
+
+
+def _keys(document: Document, home: Path) -> tuple[tuple[Key, ...], tuple[Key, ...]]:
+    """Those for inference and those for management."""
+    found: dict[bool, list[Key]] = {False: [], True: []}
+    for index, entry in enumerate((document.value.get("proxy") or {}).get("keys") or ()):
+        try:
+            found[entry.get("admin", False)].append(key_of_entry(entry, home))
+            checked([*found[False], *found[True]])
+        except ValueError as error:
+            raise _config_error(document, [(("proxy", "keys", index), str(error))]) from None
+    return tuple(found[False]), tuple(found[True])
 
 
 def _text(value: object) -> str:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from configuration.keys import parse_keys
+
 # --- parsers of one value: text in, value out; a ValueError says what was expected -------------------------------
 
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
@@ -69,15 +71,6 @@ def _words(text: str) -> tuple[str, ...]:
     if not words or not words[0]:
         raise ValueError("expected a command")
     return words
-
-
-def _keys(text: str) -> frozenset[str]:
-    keys = frozenset(filter(None, (key.strip() for key in text.split(","))))
-    if not keys:      # else one stray comma would open the door that a key was meant to close
-        raise ValueError("expected one or more keys separated by commas")
-    if not all(re.fullmatch(r"[!-~]+", key) for key in keys):
-        raise ValueError("a key may hold printable ASCII characters only, and no space")
-    return keys
 
 
 def _host(text: str) -> str:
@@ -150,10 +143,12 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(SERVER, "MAX_REQUEST_BYTES", "max_request_bytes", "100MiB", _size, "Largest request body; beyond it: 413"),
     Setting(SERVER, "LOG_LEVEL", "log_level", "INFO", _level, "DEBUG, INFO, WARNING, ERROR or CRITICAL"),
     Setting(SERVER, "ACCESS_LOG", "access_log", "false", _boolean, "Log one line for each request"),
-    Setting(ACCESS, "API_KEYS", "api_keys", "null", _keys, "Keys for inference, separated by commas; none: open",
-            secret=True),
-    Setting(ACCESS, "ADMIN_API_KEYS", "admin_api_keys", "null", _keys,
+    Setting(ACCESS, "API_KEYS", "api_keys", "null", parse_keys,
+            "Keys for inference, separated by commas: KEY, NAME:KEY or NAME:sha256:HEX; none: open", secret=True),
+    Setting(ACCESS, "API_KEYS_FILE", None, "null", str, "File with more of them, one a line"),
+    Setting(ACCESS, "ADMIN_API_KEYS", "admin_api_keys", "null", parse_keys,
             "Keys for management (and inference); none: management from this machine only", secret=True),
+    Setting(ACCESS, "ADMIN_API_KEYS_FILE", None, "null", str, "File with more of them, one a line"),
     Setting(ACCESS, "ALLOW_UNSAFE_PARAMS", "allow_unsafe_params", "false", _boolean,
             "Let the params of a request name files and code too, not only the configuration"),
     Setting(INSTANCES, "VLLM_COMMAND", "command", "vllm", _words, "The engine's command; `serve MODEL ...` follows it"),

@@ -148,7 +148,7 @@ class Client:
 
     def call(self, method: str, path: str, body: Any = None, timeout_s: float = CALL_TIMEOUT_S) -> Any:
         keys = self._keys(path)
-        headers = {"Authorization": f"Bearer {min(keys)}"} if keys else {}
+        headers = {"Authorization": f"Bearer {keys[0]}"} if keys else {}
         response = self._session.request(method, self.url + path, json=body, headers=headers, timeout=timeout_s)
         answer = response.json()
         if response.status_code >= 400:
@@ -163,10 +163,11 @@ class Client:
         line = shlex.join(words)
         return line + ' -H "Authorization: Bearer $KEY"' if self._keys(path) else line
 
-    def _keys(self, path: str) -> frozenset[str]:
-        """Those that open this path; none: it is open."""
+    def _keys(self, path: str) -> list[str]:
+        """Those that open this path and are known in plain text; none: it is open, or only hashes are known."""
         admin, inference = self._settings.admin_api_keys, self._settings.api_keys
-        return (inference and (admin or inference)) if path.startswith("/v1/") else admin
+        keys = (inference and (admin or inference)) if path.startswith("/v1/") else admin
+        return [key.plain for key in keys if key.plain is not None]
 
 
 def wait_until_it_serves(daemon: Daemon, settings: Settings) -> Client | None:

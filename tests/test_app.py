@@ -16,6 +16,7 @@ from werkzeug.test import TestResponse
 import errors
 from app import Deps, create_app, is_simulated
 from config import Settings, load_settings
+from configuration.keys import parse_keys
 from instances.instance import InstanceSpec, InstanceView, Problem, State
 from routing.upstream import ClientLeft
 from web.admin import hide_secrets
@@ -175,7 +176,7 @@ def test_a_missing_slash_behind_an_instance_is_a_redirect_that_keeps_the_method(
 
 
 def test_unauthorized_says_how(manager: FakeManager) -> None:
-    manager.settings = replace(manager.settings, api_keys=frozenset({"k"}), admin_api_keys=frozenset({"a"}))
+    manager.settings = replace(manager.settings, api_keys=parse_keys("k"), admin_api_keys=parse_keys("a"))
     for path in ("/v1/models", "/instances", "/nothing"):
         answer = client_of(manager).get(path)
         assert (answer.status_code, answer.headers["WWW-Authenticate"]) == (401, "Bearer")

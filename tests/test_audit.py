@@ -32,7 +32,7 @@ def test_calls_that_change_something_are_kept_and_looks_are_not(tmp_path: Path) 
     note(log, "POST", "/v1/chat/completions")
     log.close()
     (only,) = entries(tmp_path / "audit.log")
-    assert only == {"at": 12.5, "who": "key 746b4ad1", "from": "127.0.0.1", "method": "POST", "path": "/instances",
+    assert only == {"at": 12.5, "who": "a wrong key", "from": "127.0.0.1", "method": "POST", "path": "/instances",
                     "status": 200, "code": None}
     assert log.last(10) == [only] and "sk-secret" not in (tmp_path / "audit.log").read_text()
     assert stat.S_IMODE((tmp_path / "audit.log").stat().st_mode) == 0o600
@@ -67,6 +67,6 @@ def test_the_daemon_keeps_and_shows_it(tmp_path: Path) -> None:
         assert daemon.call("POST", "/instances", {"model_name": 3}, {"X-Api-Key": "admin-key"}).status == 400
         answer = daemon.call("GET", "/admin/audit?tail=5", headers={"X-Api-Key": "admin-key"})
         assert [(one["who"], one["path"], one["status"]) for one in answer.json["data"]] == [
-            ("no key", "/instances", 401), ("key 69a52655", "/instances", 400)]
+            ("no key", "/instances", 401), ("key-69a52655", "/instances", 400)]
         assert answer.json["data"][0]["code"] == "invalid_api_key"
     assert [one["status"] for one in entries(daemon.state / "audit.log")] == [401, 400]

@@ -20,6 +20,7 @@ from config import (
     merge_flags,
     to_argv,
 )
+from configuration.keys import parse_keys
 from errors import BadRequest, ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -52,7 +53,7 @@ def test_the_printed_defaults(tmp_path: Path) -> None:
     assert (got.start_timeout_s, got.drain_timeout_s, got.stop_timeout_s, got.shutdown_grace_s) == (600, 30, 10, 30)
     assert (got.keep_instances, got.probe_interval_s, got.probe_timeout_s) == (False, 30, 60)
     assert got.state_dir == Path("/home/me/.local/state/vllm-server")
-    assert (got.api_keys, got.admin_api_keys) == (frozenset(), frozenset())
+    assert (got.api_keys, got.admin_api_keys) == ((), ())
     assert got.flags_default == {"dtype": "auto", "kv_cache_dtype": "auto", "trust_remote_code": True}
     assert (got.flags_config, got.flags_env, got.engine_env) == ({}, {}, {})
 
@@ -132,8 +133,8 @@ def test_a_relative_state_dir_is_below_the_working_directory(tmp_path: Path) -> 
 
 def test_settings_are_frozen_and_keep_secrets_out_of_repr(tmp_path: Path) -> None:
     got = load(tmp_path, env="API_KEYS=sk-one, sk-two,\nADMIN_API_KEYS=sk-admin\nHF_TOKEN=hf_secret\n")
-    assert got.api_keys == {"sk-one", "sk-two"}
-    assert got.admin_api_keys == {"sk-admin"}
+    assert got.api_keys == parse_keys("sk-one,sk-two")
+    assert got.admin_api_keys == parse_keys("sk-admin")
     assert got.engine_env == {"HF_TOKEN": "hf_secret"}
     assert "sk-" not in repr(got)
     assert "hf_secret" not in repr(got)

@@ -16,6 +16,7 @@ from jsonschema import Draft7Validator
 
 from config import Catalog, ModelConfig, Settings, diff, load_settings
 from configuration.config_file import SECTIONS, parse_config
+from configuration.keys import parse_keys
 from configuration.schema import schema
 from configuration.settings_table import SETTINGS
 from errors import ConfigError
@@ -75,7 +76,7 @@ def test_the_file_that_the_dynamic_proxy_printed(tmp_path: Path) -> None:
     got = load(tmp_path, SEED)
     assert (got.host, got.port, got.default_timeout_s) == ("127.0.0.1", 8080, 300)
     assert (got.gpu_ids, got.reserved_memory_bytes, got.memory_utilization) == ((0,), 1024 << 20, 0.9)
-    assert got.api_keys == {"your-secret-key"}
+    assert [key.plain for key in got.api_keys] == ["your-secret-key"]
     assert got.config_file == tmp_path / "config.yaml"
     [one] = got.catalog.models.values()
     assert (one.id, one.model, one.param_count, one.precision) == (
@@ -102,7 +103,7 @@ def test_env_file_over_config_file_and_the_older_names(tmp_path: Path) -> None:
 def test_every_key_of_the_sections_is_a_setting() -> None:
     sections = schema()["properties"]
     keys = {(name, key) for name in ("gpu", "proxy") for key in sections[name]["properties"]}
-    assert keys == SECTIONS.keys()
+    assert keys == SECTIONS.keys() | {("proxy", "keys")}      # which hold more than a setting can
     assert set(SECTIONS.values()) <= {setting.name for setting in SETTINGS}
 
 
@@ -147,7 +148,7 @@ def test_bad_settings_of_the_environment(tmp_path: Path, name: str, text: str) -
 
 
 def test_several_keys(tmp_path: Path) -> None:
-    assert load(tmp_path, "proxy: {api_key: [one, two]}").api_keys == {"one", "two"}
+    assert load(tmp_path, "proxy: {api_key: [one, two]}").api_keys == parse_keys("one,two")
 
 
 def test_no_password_is_shown(tmp_path: Path) -> None:

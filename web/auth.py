@@ -6,34 +6,40 @@ is set, it is for clients on this machine only.  A browser page of another origi
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import ipaddress
-from collections.abc import Collection
+from collections.abc import Iterable
 from urllib.parse import urlsplit
 
 from flask import Request
 
-from config import Settings
+from config import Key, Settings
 from errors import Forbidden, Unauthorized
 from routing.paths import ADAPTERS
 
+CALLER = "vllm_server.caller"
+HOW = "send it as 'Authorization: Bearer KEY'"
 OPEN = frozenset({"/", "/health", "/ping", "/version", "/load-stats", "/metrics"})
 MANAGEMENT = ("/instances", "/admin", "/gpus")
 FORWARDED = ("X-Forwarded-For", "X-Forwarded-Host", "X-Real-Ip", "Forwarded", "Via")
 
 
 def check(request: Request, settings: Settings) -> None:
-    """Raises Unauthorized (no key, a wrong one) or Forbidden."""
-    path = request.path
+    """Raises Unauthorized (no key, a wrong one) or Forbidden.  Notes whose key it was, see `caller`."""
+    path, everyone = request.path, (*settings.admin_api_keys, *settings.api_keys)
+    key = request.environ[CALLER] = _find_key(request, everyone)
     if is_management(path):
         _check_origin(request)
-        if settings.admin_api_keys:
-            _check_key(request, settings.admin_api_keys, "management needs an admin key")
-        else:
+        if not settings.admin_api_keys:
             _check_local(request)
-    elif path not in OPEN and settings.api_keys:
-        _check_key(request, settings.api_keys | settings.admin_api_keys, "this server needs a key")
+        elif key not in settings.admin_api_keys:
+            raise Unauthorized(f"management needs an admin key: {HOW}")
+    elif path not in OPEN and settings.api_keys and key is None:
+        raise Unauthorized(f"this server needs a key: {HOW}")
+
+
+def caller(request: Request) -> Key | None:
+    """Whose key came with it; None without a key, or with one that is not known where none is needed."""
+    return request.environ.get(CALLER)
 
 
 def is_management(path: str) -> bool:
@@ -50,17 +56,16 @@ def given_key(request: Request) -> str:
 
 
 def who(request: Request) -> str:
-    """Who sent it, for logs: the beginning of its key's SHA-256, which tells keys apart and gives none away."""
-    key = given_key(request)
-    return f"key {hashlib.sha256(key.encode()).hexdigest()[:8]}" if key else "no key"
+    """Who sent it, for logs: the key's name, which gives none of it away."""
+    key = caller(request)
+    return key.name if key is not None else "a wrong key" if given_key(request) else "no key"
 
 
-def _check_key(request: Request, keys: Collection[str], why: str) -> None:
-    given = given_key(request).encode()
-    # Every key is compared, each in constant time: how long it takes tells nothing.
-    matches = [hmac.compare_digest(given, key.encode()) for key in keys]
-    if not any(matches):
-        raise Unauthorized(f"{why}: send it as 'Authorization: Bearer KEY'")
+def _find_key(request: Request, keys: Iterable[Key]) -> Key | None:
+    """The one that came with it.  All are compared, so that the time it takes does not tell which it was."""
+    given = given_key(request)
+    found = [key for key in keys if key.is_key(given)]
+    return found[0] if found else None
 
 
 def _check_local(request: Request) -> None:
