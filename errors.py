@@ -83,6 +83,10 @@ class UnsupportedMediaType(DaemonError):
     status, type, code = 415, "invalid_request_error", "unsupported_media_type"
 
 
+class RateLimited(DaemonError):
+    status, type, code = 429, "rate_limit_error", "rate_limit_exceeded"
+
+
 class UpgradeRequired(DaemonError):
     status, type, code = 426, "invalid_request_error", "upgrade_required"
 
