@@ -12,6 +12,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
@@ -20,6 +21,7 @@ import urllib3
 from flask import Blueprint, Request, Response, current_app, jsonify, request
 from werkzeug.exceptions import ClientDisconnected
 
+from config import Key
 from errors import (
     BadRequest,
     Forbidden,
@@ -31,7 +33,7 @@ from errors import (
 )
 from instance_manager import InstanceManager
 from instances.instance import ACTIVE, Candidate, Lease, State
-from routing import commented, paths, requested_model
+from routing import commented, limits, paths, requested_model
 from routing.client_watch import ClientWatch, Watched
 from routing.relay import RelayStream, TakenOver, may_be_taken_over, take_over
 from routing.relay_process import Relays
@@ -77,6 +79,7 @@ class Outgoing(NamedTuple):
     payload: bytes | bytearray | None
     client: socket.socket
     protocol: str
+    relayed: bool       # whether a relay may carry its answer, unseen
 
 
 class Router:
@@ -86,6 +89,7 @@ class Router:
         self.manager = manager
         self.watch = ClientWatch()
         self.relays = Relays(manager.settings.relays) if manager.settings.relays else None
+        self.limits = limits.Limits()
         self._upstream = Upstream(manager.settings.threads)
         self._lock = threading.Lock()
         self._response_owner: OrderedDict[str, str] = OrderedDict()
@@ -111,6 +115,7 @@ class Router:
         """Forward to a backend of the model that the body names; waits while that loads."""
         body = self.read_body(incoming)
         wanted = requested_model.find(incoming.headers.get("Content-Type", ""), body)
+        limits.check_model(_key(incoming), [wanted.model])
         owner = self._owner(wanted.previous_response_id) if wanted.previous_response_id else None
         with_id = self._remember if path == "/v1/responses" else None
         comments = wanted.stream and path in commented.STREAMING and self.manager.settings.loading_comments
@@ -125,6 +130,7 @@ class Router:
         if paths.is_confusing(path):
             raise BadRequest("the path holds dot segments, empty segments or control characters", param="path",
                              code="invalid_path")
+        limits.check_model(_key(incoming), self.manager.get(instance_id).names)
         if wants_upgrade(incoming.headers.get("Connection", ""), incoming.headers.get("Upgrade", "")):
             return self._upgrade(incoming, path, lambda: self._one(instance_id), f"instance {instance_id}")
         body = self.read_body(incoming)
@@ -134,7 +140,9 @@ class Router:
         """Forward to the instance that made this response; one that is not remembered is asked for everywhere."""
         body = self.read_body(incoming)
         owner = self._owner(response_id)
-        ready = [view.id for view in self.manager.snapshot() if view.state is State.READY]
+        key = _key(incoming)
+        ready = [view.id for view in self.manager.snapshot()
+                 if view.state is State.READY and (key is None or key.may_use(view.names))]
         for instance_id in [owner] if owner in ready else ready:
             answer = self._forward(incoming, path, body, lambda one=instance_id: self._one(one),  # type: ignore[misc]
                                    what=f"instance {instance_id}")
@@ -178,6 +186,7 @@ class Router:
                 raise BadRequest("name the model in the query: /v1/realtime?model=NAME", param="model",
                                  code="missing_model")
             model = running[0].names[0]
+        limits.check_model(_key(incoming), [model])
         return self._upgrade(incoming, paths.REALTIME, lambda: self._backends(model), model)
 
     def adapter(self, incoming: Request, path: str) -> Response:
@@ -260,7 +269,7 @@ class Router:
         except BaseException:
             lease.release()
             raise
-        return Response(TakenOver(), direct_passthrough=True)
+        return Response(TakenOver(lease), direct_passthrough=True)
 
     def _exchange(self, outgoing: Outgoing, lease: Lease, watched: Watched,
                   with_id: Callable[[bytes, str], None] | None) -> Response:
@@ -268,7 +277,7 @@ class Router:
         exchange, upstream = self._send(outgoing, lease, watched)
         on_first = _first_piece(with_id, lease)
         if self._relayed(outgoing, upstream, exchange, lease, watched, on_first):
-            return Response(TakenOver(), direct_passthrough=True)
+            return Response(TakenOver(lease), direct_passthrough=True)
         stream = RelayStream(upstream, exchange, lease, watched, on_first)
         response = EngineResponse(stream, status=upstream.status, headers=response_headers(upstream),
                                   direct_passthrough=True)
@@ -297,7 +306,9 @@ class Router:
     def _relayed(self, outgoing: Outgoing, upstream: urllib3.HTTPResponse, exchange: Exchange, lease: Lease,
                  watched: Watched, on_first: Callable[[bytes], None] | None) -> bool:
         """Whether a relay process has taken the stream over.  Releases what is held if that fails."""
-        if self.relays is None or not may_be_taken_over(outgoing.method, outgoing.protocol, upstream):
+        if self.relays is None or not outgoing.relayed:
+            return False
+        if not may_be_taken_over(outgoing.method, outgoing.protocol, upstream):
             return False
         try:
             if take_over(self.relays, outgoing.client, upstream, exchange, lease, watched, on_first):
@@ -359,7 +370,8 @@ class Router:
 def _outgoing(incoming: Request, path: str, body: bytes | bytearray) -> Outgoing:
     payload = body if body or incoming.method in ("POST", "PUT", "PATCH") else None
     return Outgoing(incoming.method, _target(incoming, path), request_headers(incoming.headers, payload), payload,
-                    incoming.environ["gunicorn.socket"], incoming.environ["SERVER_PROTOCOL"])
+                    incoming.environ["gunicorn.socket"], incoming.environ["SERVER_PROTOCOL"],
+                    not limits.counts_tokens(_key(incoming)))
 
 
 def _first_piece(with_id: Callable[[bytes, str], None] | None, lease: Lease) -> Callable[[bytes], None] | None:
@@ -383,6 +395,24 @@ def _router() -> Router:
     return router
 
 
+def limited(view: Callable[..., Response]) -> Callable[..., Response]:
+    """Within the limits of the key that came with the request, until its answer has ended."""
+    @wraps(view)
+    def within_limits(**arguments: str) -> Response:
+        admission = _router().limits.enter(_key(request))
+        try:
+            return limits.until_its_end(view(**arguments), admission)
+        except BaseException:
+            admission.leave()
+            raise
+    return within_limits
+
+
+def _key(incoming: Request) -> Key | None:
+    return incoming.environ.get(limits.CALLER)
+
+
+@limited
 def _by_model() -> Response:
     return _router().by_model(request, request.path)
 
@@ -402,16 +432,19 @@ for _path in paths.ADAPTERS:
 # werkzeug keeps WebSocket requests apart from others: a path for both has two rules.
 @blueprint.get(paths.REALTIME)
 @blueprint.get(paths.REALTIME, websocket=True)
+@limited
 def realtime() -> Response:
     return _router().realtime(request)
 
 
 @blueprint.get("/v1/responses/<response_id>")
+@limited
 def get_response(response_id: str) -> Response:
     return _router().to_response_owner(request, response_id, request.path)
 
 
 @blueprint.post("/v1/responses/<response_id>/cancel")
+@limited
 def cancel_response(response_id: str) -> Response:
     return _router().to_response_owner(request, response_id, request.path)
 
@@ -419,6 +452,7 @@ def cancel_response(response_id: str) -> Response:
 @blueprint.route("/proxy/<instance_id>/", defaults={"path": ""}, methods=ANY)
 @blueprint.route("/proxy/<instance_id>/<path:path>", methods=ANY)
 @blueprint.get("/proxy/<instance_id>/<path:path>", websocket=True)
+@limited
 def proxy(instance_id: str, path: str) -> Response:
     return _router().to_instance(request, instance_id, "/" + path)
 
@@ -426,8 +460,11 @@ def proxy(instance_id: str, path: str) -> Response:
 @blueprint.get("/v1/models")
 def list_models() -> Response:
     entries: dict[str, dict[str, Any]] = {}
+    key = _key(request)
     for view in _router().manager.snapshot():
         for name in view.names:
+            if key is not None and not key.may_use([name]):
+                continue
             entry = entries.setdefault(name, {
                 "id": name, "object": "model", "created": int(view.created_at), "owned_by": "vllm-server",
                 "root": view.spec.model, "status": str(view.state), "instances": []})

@@ -129,6 +129,8 @@ class Lease:
         self.port = port
         self.cut_error: DaemonError | None = None
         self._on_cut: Callable[[], None] | None = None
+        self._on_release: Callable[[], None] | None = None
+        self._released = False
         self._release = release
 
     def on_cut(self, callback: Callable[[], None] | None) -> None:
@@ -143,9 +145,18 @@ class Lease:
             if callback is not None:
                 callback()
 
+    def when_released(self, callback: Callable[[], None]) -> None:
+        """Called once it has come back, at once if it has already; in a race it may run twice, as with `on_cut`."""
+        self._on_release = callback
+        if self._released:
+            callback()
+
     def release(self, *, ok: bool = False) -> None:
         """Give it back; a second call does nothing.  `ok`: the engine answered, which shows that it is not hung."""
         self._release(self, ok)
+        self._released = True
+        if self._on_release is not None:
+            self._on_release()
 
 
 @dataclass(frozen=True)

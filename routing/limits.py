@@ -10,13 +10,18 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import partial
+from typing import Any, TypeVar
 
 import orjson
+from werkzeug.wrappers import Response
 
 from config import Key
 from errors import Forbidden, RateLimited
+from routing.relay import TakenOver
 
+CALLER = "vllm_server.caller"      # in a request's environ: its Key, or None
 WINDOW_S = 60
 USAGE_BYTES = 4096      # of the end of an answer, where its usage stands
 _USAGE = b'"usage"'
@@ -52,10 +57,13 @@ class Window:
 
 
 class Admission:
-    """One request that was let in.  `leave` gives its place back, once; it may be called from any thread."""
+    """One request that was let in.  `leave` gives its place back, once; it may be called from any thread.
 
-    def __init__(self, counts_tokens: bool, leave: Callable[[], None]) -> None:
-        self.counts_tokens = counts_tokens
+    `on_tokens`, where the key has a limit of them, is told what the answer took.
+    """
+
+    def __init__(self, leave: Callable[[], None], on_tokens: Callable[[int], None] | None = None) -> None:
+        self.on_tokens = on_tokens
         self._leave = [leave]
 
     def leave(self) -> None:
@@ -65,6 +73,10 @@ class Admission:
             except IndexError:      # another thread was first
                 return
             leave()
+
+
+FREE = Admission(lambda: None)
+"""Of a request that nothing limits: it holds no place."""
 
 
 class Limits:
@@ -80,17 +92,18 @@ class Limits:
     def enter(self, key: Key | None) -> Admission:
         """Raises RateLimited, with the seconds after which it makes sense to ask again."""
         if key is None or key.requests_per_minute is key.tokens_per_minute is key.concurrent_requests is None:
-            return Admission(False, lambda: None)
+            return FREE
         now = self._clock()
         with self._lock:
             self._check(key, now)
             if key.requests_per_minute is not None:
                 self._requests.setdefault(key.name, Window()).add(now, 1)
             self._running[key.name] = self._running.get(key.name, 0) + 1
-        return Admission(key.tokens_per_minute is not None, lambda: self._leave(key))
+        on_tokens = partial(self._note_tokens, key) if counts_tokens(key) else None
+        return Admission(lambda: self._leave(key), on_tokens)
 
-    def note_tokens(self, key: Key, tokens: int) -> None:
-        """An answer took so many: they count against the key's next requests."""
+    def _note_tokens(self, key: Key, tokens: int) -> None:
+        """They count against the key's next requests."""
         with self._lock:
             self._tokens.setdefault(key.name, Window()).add(self._clock(), tokens)
 
@@ -115,7 +128,56 @@ class Limits:
                 self._running.pop(key.name, None)
 
 
-def check_model(key: Key | None, names: Sequence[str] | Collection[str]) -> None:
+class AdmittedBody:
+    """An answer's body as it passes: gives the admission back when it is closed, with an eye on its end, where the
+    engine says how many tokens it took."""
+
+    def __init__(self, body: Iterable[bytes], admission: Admission) -> None:
+        self._body = body
+        self._admission = admission
+        self._end = b""
+
+    def __iter__(self) -> Iterator[bytes]:
+        if self._admission.on_tokens is None:
+            yield from self._body
+        for piece in self._body:
+            self._end = (self._end + piece)[-USAGE_BYTES:]
+            yield piece
+
+    def close(self) -> None:
+        """Also of an answer that was broken off: it counts as far as it is known."""
+        end, self._end = self._end, b""
+        try:
+            if self._admission.on_tokens is not None and (tokens := reported_tokens(end)):
+                self._admission.on_tokens(tokens)
+            if hasattr(self._body, "close"):
+                self._body.close()
+        finally:
+            self._admission.leave()
+
+
+AnyResponse = TypeVar("AnyResponse", bound=Response)
+
+
+def until_its_end(response: AnyResponse, admission: Admission) -> AnyResponse:
+    """The answer, which gives the admission back when it has ended: in this process, or in a relay."""
+    body: Any = response.response
+    if admission is FREE:
+        pass
+    elif isinstance(body, TakenOver):
+        body.lease.when_released(admission.leave)
+    elif isinstance(body, list):
+        admission.leave()
+    else:       # passed through directly: then only the body itself is closed, and no `call_on_close` is called
+        response.response = AdmittedBody(body, admission)
+    return response
+
+
+def counts_tokens(key: Key | None) -> bool:
+    return key is not None and key.tokens_per_minute is not None
+
+
+def check_model(key: Key | None, names: Collection[str]) -> None:
     """Raises Forbidden when the key may use none of these names of a model."""
     if key is not None and not key.may_use(names):
         raise Forbidden(f"the key {key.name} may not use this model; it may use {', '.join(key.models or ())}",

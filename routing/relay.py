@@ -155,7 +155,13 @@ def _chunk_size(line: bytes) -> int:
 
 
 class TakenOver:
-    """What a view returns whose answer a relay carries: the server finds that the socket is no longer its own."""
+    """What a view returns whose answer a relay carries: the server finds that the socket is no longer its own.
+
+    `lease` comes back when the answer ends.
+    """
+
+    def __init__(self, lease: Lease) -> None:
+        self.lease = lease
 
     def __iter__(self) -> Iterator[bytes]:
         raise OSError(errno.ENOTCONN, "the connection was handed to a relay")

@@ -88,8 +88,8 @@ def test_tokens_of_a_minute_hold_up_the_next_request() -> None:
     clock = Clock()
     limits, key = Limits(clock), Key("a", b"", tokens_per_minute=100)
     admission = limits.enter(key)
-    assert admission.counts_tokens
-    limits.note_tokens(key, 150)
+    assert admission.on_tokens is not None
+    admission.on_tokens(150)
     with pytest.raises(RateLimited, match="100 tokens"):
         limits.enter(key)
     clock.now += WINDOW_S

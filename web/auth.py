@@ -14,9 +14,9 @@ from flask import Request
 
 from config import Key, Settings
 from errors import Forbidden, Unauthorized
+from routing.limits import CALLER
 from routing.paths import ADAPTERS
 
-CALLER = "vllm_server.caller"
 HOW = "send it as 'Authorization: Bearer KEY'"
 OPEN = frozenset({"/", "/health", "/ping", "/version", "/load-stats", "/metrics"})
 MANAGEMENT = ("/instances", "/admin", "/gpus")
