@@ -46,7 +46,7 @@ def no_thread_is_left() -> Iterator[None]:
     before = set(threading.enumerate())
     yield
     # the stub's own threads, one a connection, end when they see that it is closed
-    wait_until(lambda: not [one for one in set(threading.enumerate()) - before if "process_request" not in one.name], 20)
+    wait_until(lambda: all("process_request" in one.name for one in set(threading.enumerate()) - before))
 
 
 def test_a_server_comes_up_with_its_models_and_its_load() -> None:
@@ -135,7 +135,8 @@ def test_a_request_that_failed_hurries_the_next_check() -> None:
 def test_an_instance_whose_load_matters_is_read_and_another_is_not() -> None:
     with StubServer() as watched, StubServer() as other:
         watched.running = 2
-        targets = [LocalTarget("x", watched.port, 8, 2, watched=True), LocalTarget("y", other.port, 9, 0, watched=False)]
+        targets = [LocalTarget("x", watched.port, 8, 2, watched=True),
+                   LocalTarget("y", other.port, 9, 0, watched=False)]
         balancer = Balancer(Fleet())
         checker = Checker(balancer, lambda: targets)
         checker.start()
