@@ -13,24 +13,39 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from instances.ledger import HOST, Resident
+from instances.ledger import Resident
 
 EVICT_S = 1.0               # the requests that make it go wait so much longer: a drain, SIGTERM, memory that settles
 WINDOW_S = 60.0             # the time for which coming back is weighed
 RELOAD_S = 60.0             # where nothing was measured yet
 WAKE_S = 5.0
 MOST_STEPS = 40             # of priority, either way: the figures stay figures
-EXACT_CANDIDATES = 7        # of so many the cheapest set is found for certain
-NODES = 300                 # steps of the search on one device with more
+EXACT_CANDIDATES = 7        # of so many the cheapest set is found for certain: 3 ** 7 of them
+STEPS = 3 ** (EXACT_CANDIDATES + 1) // 2
+SEARCHED_CANDIDATES = 14    # of so many it is looked for among all sets, with the same number of steps
+REFINED_DEVICES = 3         # of more, for these devices only: the cheapest by the first guess
+NODES = 240                 # with so many steps
 
 
 class Option(NamedTuple):
-    """One thing to do with one resident.  `frees` has negative bytes of HOST for one that goes to sleep."""
+    """One thing to do with one resident."""
 
     cost_us: int
     id: str
     sleeps: bool
-    frees: Mapping[int, int]
+    resident: Resident
+
+    def frees(self, index: int) -> int:
+        """Bytes of a device."""
+        held = self.resident.bytes_on.get(index, 0)
+        return max(0, held - self.resident.asleep_on.get(index, 0)) if self.sleeps else held
+
+    @property
+    def host_bytes(self) -> int:
+        """Of the host's RAM; what it takes for its sleep is negative."""
+        if self.sleeps:
+            return -self.resident.host_bytes
+        return 0 if self.resident.awake else self.resident.host_bytes
 
 
 @dataclass(frozen=True)
@@ -42,25 +57,27 @@ class Choice:
 
     @property
     def cost_us(self) -> int:
-        return sum(option.cost_us for option in self.options)
+        return _cost(self.options)
 
 
 def options(resident: Resident) -> tuple[Option, ...]:
     """What may be done with it, the cheapest first; nothing with one that is busy, pinned or leaves anyway."""
     if not resident.evictable:
         return ()
-    weight = 2.0 ** max(-MOST_STEPS, min(resident.priority, MOST_STEPS)) * WINDOW_S / (1.0 + max(0.0, resident.idle_s))
+    weight = WINDOW_S / (1.0 + resident.idle_s) if resident.idle_s > 0 else WINDOW_S
+    if resident.priority:
+        weight *= 2.0 ** max(-MOST_STEPS, min(resident.priority, MOST_STEPS))
     reload_s = RELOAD_S if resident.reload_s is None else resident.reload_s
-    stop = Option(round(1e6 * (EVICT_S + weight * reload_s)), resident.id, False,
-                  resident.bytes_on if resident.awake else {**resident.bytes_on, HOST: resident.host_bytes})
+    stop = Option(int(1e6 * (EVICT_S + weight * reload_s)), resident.id, False, resident)
     if not (resident.awake and resident.can_sleep):
         return (stop,)
     wake_s = WAKE_S if resident.wake_s is None else resident.wake_s
-    frees = {index: max(0, count - resident.asleep_on.get(index, 0)) for index, count in resident.bytes_on.items()}
-    if wake_s >= reload_s or not any(frees.values()):
+    if wake_s >= reload_s:
         return (stop,)
-    return Option(round(1e6 * (EVICT_S + weight * wake_s)), resident.id, True,
-                  {**frees, HOST: -resident.host_bytes}), stop
+    for index, held in resident.bytes_on.items():
+        if resident.asleep_on.get(index, 0) < held:
+            return Option(int(1e6 * (EVICT_S + weight * wake_s)), resident.id, True, resident), stop
+    return (stop,)
 
 
 def choose(missing: Mapping[int, int], count: int, residents: Iterable[Resident], host_left: int) -> Choice | None:
@@ -69,121 +86,139 @@ def choose(missing: Mapping[int, int], count: int, residents: Iterable[Resident]
     `missing` are bytes by device, zero or less where it fits; of several devices that do then, the tightest fit is
     taken.  `host_left` is what sleepers may still take of the host's RAM.
     """
-    every = [(resident, found) for resident in residents if (found := options(resident))]
-    within = sum(resident.host_bytes for resident, found in every if found[0].sleeps) <= host_left
     asked = {index for index, lack in missing.items() if lack > 0}
-    candidates = sorted(found for resident, found in every
-                        if not asked.isdisjoint(resident.bytes_on) or not (within or resident.awake))
-    if len(candidates) <= EXACT_CANDIDATES:
-        chosen = _cheapest(candidates, missing, count, host_left)
-    else:
-        chosen = _greedy(candidates, missing, count, host_left)
-    if chosen is None:
+    every = [found for resident in residents if (found := options(resident))]
+    within = host_left >= sum(found[0].resident.host_bytes for found in every if found[0].sleeps)
+    candidates = [found for found in every if not asked.isdisjoint(found[0].resident.bytes_on)
+                  or not (within or found[0].resident.awake)]
+    hope = _hope(candidates, missing)
+    if sum(hope[index] >= lack for index, lack in missing.items()) < count:
         return None
-    left = _left(missing, chosen)
-    fitting = sorted((-lack, index) for index, lack in left.items() if lack <= 0)[:count]
+    candidates.sort()
+    chosen = _greedy(candidates, {index: lack for index, lack in missing.items() if hope[index] >= lack}, count,
+                     host_left)
+    if len(candidates) <= SEARCHED_CANDIDATES:
+        chosen = _cheapest(candidates, missing, count, host_left, chosen)
+    fitting = sorted((-lack, index) for index, lack in _left(missing, chosen).items() if lack <= 0)[:count]
     devices = sorted(index for _, index in fitting)
-    kept = _needed(chosen, {index: missing[index] for index in devices}, count, host_left)
+    kept = _needed(chosen, {index: missing[index] for index in devices}, host_left)
     return Choice(tuple(devices), tuple(sorted(kept, key=lambda option: option.id)))
 
 
 Candidates = Sequence[tuple[Option, ...]]
 
 
+def _cost(chosen: Iterable[Option]) -> int:
+    return sum(option.cost_us for option in chosen)
+
+
+def _hope(candidates: Candidates, missing: Mapping[int, int]) -> dict[int, int]:
+    """What all of them together could free: a stop, their last option, frees the most."""
+    hope = dict.fromkeys(missing, 0)
+    for found in candidates:
+        for index, held in found[0].resident.bytes_on.items():
+            if index in hope:
+                hope[index] += held
+    return hope
+
+
 def _left(missing: Mapping[int, int], chosen: Iterable[Option]) -> dict[int, int]:
     left = dict(missing)
     for option in chosen:
-        for index, count in option.frees.items():
+        for index in option.resident.bytes_on:
             if index in left:
-                left[index] -= count
+                left[index] -= option.frees(index)
     return left
 
 
 def _host(chosen: Iterable[Option]) -> int:
-    return sum(option.frees.get(HOST, 0) for option in chosen)
+    return sum(option.host_bytes for option in chosen)
 
 
 def _fits(missing: Mapping[int, int], chosen: Collection[Option], count: int, host_left: int) -> bool:
-    taken = _host(chosen)
-    return ((host_left + taken >= 0 or not any(option.sleeps for option in chosen))
+    return ((host_left + _host(chosen) >= 0 or not any(option.sleeps for option in chosen))
             and sum(lack <= 0 for lack in _left(missing, chosen).values()) >= count)
 
 
-def _needed(chosen: Collection[Option], missing: Mapping[int, int], count: int, host_left: int) -> list[Option]:
-    """Without those that are not needed after all; the most expensive are tried first."""
-    kept = sorted(chosen, reverse=True)
-    for option in tuple(kept):
-        rest = [other for other in kept if other is not option]
-        if _fits(missing, rest, count, host_left):
-            kept = rest
+def _needed(chosen: Sequence[Option], missing: Mapping[int, int], host_left: int) -> list[Option]:
+    """Without those that are not needed after all to clear these devices; the most expensive are tried first."""
+    left, host = _left(missing, chosen), host_left + _host(chosen)
+    sleeping = sum(option.sleeps for option in chosen)
+    kept = []
+    for option in sorted(chosen, reverse=True):
+        others = sleeping - option.sleeps
+        devices = [index for index in option.resident.bytes_on if index in left]
+        if (all(left[index] + option.frees(index) <= 0 for index in devices)
+                and (not others or host - option.host_bytes >= 0)):
+            left.update((index, left[index] + option.frees(index)) for index in devices)
+            host, sleeping = host - option.host_bytes, others
+        else:
+            kept.append(option)
     return kept
 
 
-def _cheapest(candidates: Candidates, missing: Mapping[int, int], count: int, host_left: int) -> list[Option] | None:
-    """Branch and bound over everything that could be done; exact."""
-    hopes: list[dict[int, int]] = [dict.fromkeys(missing, 0)]      # what candidates i.. could free at most
-    for found in reversed(candidates):
-        hope = dict(hopes[-1])
-        for index, freed in found[-1].frees.items():               # a stop frees the most
-            if index in hope:
-                hope[index] += freed
-        hopes.append(hope)
-    hopes.reverse()
-    best: list[Option] | None = None
-    best_us = 0
+def _cheapest(candidates: Candidates, missing: Mapping[int, int], count: int, host_left: int,
+              guess: list[Option]) -> list[Option]:
+    """Branch and bound over everything that could be done, for STEPS steps: exact for EXACT_CANDIDATES."""
+    lacking = {index: lack for index, lack in missing.items() if lack > 0}
+    count -= len(missing) - len(lacking)
+    hopes = [tuple(_hope(candidates[position:], lacking).values()) for position in range(len(candidates) + 1)]
+    ways = [[(option, tuple(map(option.frees, lacking)), option.host_bytes) for option in found]
+            for found in candidates]
+    best, best_us, steps = guess, _cost(guess), STEPS
 
-    def visit(position: int, cost_us: int, chosen: list[Option]) -> None:
-        nonlocal best, best_us
-        left = _left(missing, chosen)
-        if _fits(missing, chosen, count, host_left):
-            best, best_us = chosen, cost_us
+    def visit(position: int, cost_us: int, left: tuple[int, ...], host: int, chosen: tuple[Option, ...]) -> None:
+        """Only reached with a cost below the best."""
+        nonlocal best, best_us, steps
+        steps -= 1
+        if (sum(lack <= 0 for lack in left) >= count
+                and (host >= 0 or not any(option.sleeps for option in chosen))):
+            best, best_us = list(chosen), cost_us
             return
-        hope = hopes[position]
-        if position == len(candidates) or sum(lack <= hope[index] for index, lack in left.items()) < count:
+        if steps < 0 or position == len(candidates) or sum(map(int.__le__, left, hopes[position])) < count:
             return
-        for option in candidates[position]:
-            if best is None or cost_us + option.cost_us < best_us:
-                visit(position + 1, cost_us + option.cost_us, [*chosen, option])
-        visit(position + 1, cost_us, chosen)
+        for option, freed, host_bytes in ways[position]:
+            if cost_us + option.cost_us < best_us:
+                visit(position + 1, cost_us + option.cost_us, tuple(map(int.__sub__, left, freed)), host + host_bytes,
+                      (*chosen, option))
+        visit(position + 1, cost_us, left, host, chosen)
 
-    visit(0, 0, [])
+    visit(0, 0, tuple(lacking.values()), host_left, ())
     return best
 
 
 # --- many candidates --------------------------------------------------------------------------------------------------
 
-def _greedy(candidates: Candidates, missing: Mapping[int, int], count: int, host_left: int) -> list[Option] | None:
+def _greedy(candidates: Candidates, missing: Mapping[int, int], count: int, host_left: int) -> list[Option]:
     """Device by device, each time the one that is cheapest to clear after what was decided already."""
     chosen: list[Option] = []
     left = dict(missing)
-    fitting = {index for index, lack in left.items() if lack <= 0}
-    on: dict[int, list[tuple[Option, ...]]] = {index: [] for index in missing}
-    for found in candidates:
-        for index in found[-1].frees:
-            if index in on:
-                on[index].append(found)
-    bounds: dict[int, float | None] = {}
-    while len(fitting) < count:
-        taken = {option.id for option in chosen}
+    items = _items(candidates, missing)
+    guesses: dict[int, list[Option] | None] = {}
+    search = Search(NODES)
+    while sum(lack <= 0 for lack in left.values()) < count:
         host = host_left + _host(chosen)
-        best: list[Option] | None = None
-        for index in left:
-            if index not in fitting and index not in bounds:
-                on[index] = [found for found in on[index] if found[0].id not in taken]
-                bounds[index] = _bound(_items(on[index], index), left[index])
-        order = sorted((bound, index) for index, bound in bounds.items() if bound is not None)
-        for bound, index in order:
-            if best is not None and bound >= sum(option.cost_us for option in best):
-                break
-            cover = _cover(_items(on[index], index), index, left[index], host, best)
-            best = best if cover is None else cover
-        if best is None:
-            return None
-        chosen += best
+        for index, here in items.items():
+            if left[index] > 0 and index not in guesses:
+                guesses[index] = _guess(here, left[index], host)
+        ranked = sorted((_cost(guess), left[index], index, guess) for index, guess in guesses.items()
+                        if left[index] > 0 and guess is not None)
+        best = min((search.cover(items[index], lack, host, guess)
+                    for _, lack, index, guess in ranked[:REFINED_DEVICES]), key=_cost, default=[])
+        if best:
+            chosen += best
+        else:       # some would sleep, and that is not enough
+            assert any(option.sleeps for option in chosen)
+            stops = {found[-1].id: found[-1] for found in candidates}
+            chosen = [stops[option.id] for option in chosen]
         left = _left(missing, chosen)
-        fitting = {index for index, lack in left.items() if lack <= 0}
-        changed = {index for option in best for index in option.frees}
-        bounds = {index: bound for index, bound in bounds.items() if index not in changed and index not in fitting}
+        gone = {option.id for option in best}
+        touched = {index for option in best or chosen for index in option.resident.bytes_on}
+        for index in touched & items.keys():
+            items[index] = [item for item in items[index] if item.options[0].id not in gone]
+            guesses.pop(index, None)
+        if (spare := host_left + _host(chosen)) < host:     # what others would do may not hold any more
+            guesses = {index: guess for index, guess in guesses.items() if guess is None or spare + _host(guess) >= 0}
     return _sleep_instead(chosen, candidates, missing, count, host_left)
 
 
@@ -192,76 +227,116 @@ class Item(NamedTuple):
 
     us_per_byte: float
     freed: int
+    freed_asleep: int                   # if it can sleep
     options: tuple[Option, ...]
 
 
-def _items(candidates: Candidates, index: int) -> list[Item]:
-    """The cheapest bytes first."""
-    items = []
+def _items(candidates: Candidates, missing: Mapping[int, int]) -> dict[int, list[Item]]:
+    """By device that misses something, the cheapest bytes first."""
+    items: dict[int, list[Item]] = {index: [] for index, lack in missing.items() if lack > 0}
     for found in candidates:
-        useful = tuple(option for option in found if option.frees.get(index, 0) > 0)
-        if useful:
-            rate = min(option.cost_us / option.frees[index] for option in useful)
-            items.append(Item(rate, max(option.frees[index] for option in useful), useful))
-    return sorted(items)
+        stop = found[-1]
+        for index, held in stop.resident.bytes_on.items():
+            if held > 0 and index in items:
+                rate, asleep = stop.cost_us / held, 0
+                if len(found) > 1 and (asleep := found[0].frees(index)):
+                    rate = min(rate, found[0].cost_us / asleep)
+                items[index].append(Item(rate, held, asleep, found))
+    for here in items.values():
+        here.sort()
+    return items
 
 
-def _bound(items: Sequence[Item], lack: int, start: int = 0) -> float | None:
-    """No set of these costs less, even if parts of victims could be taken; None: they do not suffice."""
-    cost = 0.0
-    for position in range(start, len(items)):
-        item = items[position]
-        if item.freed >= lack:
-            return cost + lack * item.us_per_byte
-        cost += item.freed * item.us_per_byte
-        lack -= item.freed
-    return None
-
-
-def _cover(items: Sequence[Item], index: int, lack: int, host: int, best: list[Option] | None) -> list[Option] | None:
-    """A set that frees `lack` bytes of one device and is cheaper than `best`; None where there is none.
-
-    The first dive takes the cheapest bytes; the search then improves on it for NODES steps.
-    """
-    found: list[Option] | None = None
-    limit = None if best is None else sum(option.cost_us for option in best)
-    nodes = NODES
-
-    def visit(position: int, cost_us: int, lack: int, host: int, chosen: list[Option]) -> None:
-        nonlocal found, limit, nodes
+def _guess(items: Sequence[Item], lack: int, host: int) -> list[Option] | None:
+    """The cheapest bytes until it is enough, without those that were not needed in the end; None if it never is."""
+    taken: list[tuple[int, int, Option]] = []
+    for item in items:
+        option, freed = item.options[0], item.freed
+        if option.sleeps:
+            freed = item.freed_asleep
+            if not freed or host < option.resident.host_bytes:
+                option, freed = item.options[1], item.freed
+            else:
+                host -= option.resident.host_bytes
+        taken.append((option.cost_us, freed, option))
+        lack -= freed
         if lack <= 0:
-            if limit is None or cost_us < limit:
-                found, limit = chosen, cost_us
-            return
-        nodes -= 1
-        if nodes < 0 and found is not None:
-            return
-        bound = _bound(items, lack, position)
-        if bound is None or (limit is not None and cost_us + bound >= limit):
-            return
-        for option in items[position].options:
-            spare = host + option.frees.get(HOST, 0)
-            if not option.sleeps or spare >= 0:
-                visit(position + 1, cost_us + option.cost_us, lack - option.frees[index], spare, [*chosen, option])
-        visit(position + 1, cost_us, lack, host, chosen)
+            break
+    if lack > 0:        # some would sleep, and that is not enough: all of them have to go
+        enough = sum(item.freed for item in items) >= lack + sum(freed for _, freed, _ in taken)
+        return [item.options[-1] for item in items] if enough else None
+    taken.sort(reverse=True)
+    kept = []
+    for _, freed, option in taken:
+        if lack + freed <= 0:
+            lack += freed
+        else:
+            kept.append(option)
+    return kept
 
-    visit(0, 0, lack, host, [])
-    return found
+
+class Search:
+    """Looks for something cheaper than a guess, for a number of steps in all."""
+
+    def __init__(self, nodes: int) -> None:
+        self._nodes = nodes
+
+    def cover(self, items: Sequence[Item], lack: int, host: int, guess: list[Option]) -> list[Option]:
+        """The cheapest set found that frees `lack` bytes of one device."""
+        best, limit = guess, _cost(guess)
+
+        def visit(position: int, cost_us: int, lack: int, host: int, chosen: list[Option]) -> None:
+            nonlocal best, limit
+            if lack <= 0:
+                if cost_us < limit:
+                    best, limit = chosen, cost_us
+                return
+            if self._nodes <= 0 or not _promising(items, position, lack, limit - cost_us):
+                return
+            self._nodes -= 1
+            item = items[position]
+            for option in item.options:
+                spare = host + option.host_bytes
+                if not option.sleeps:
+                    visit(position + 1, cost_us + option.cost_us, lack - item.freed, spare, [*chosen, option])
+                elif spare >= 0:
+                    visit(position + 1, cost_us + option.cost_us, lack - item.freed_asleep, spare, [*chosen, option])
+            visit(position + 1, cost_us, lack, host, chosen)
+
+        visit(0, 0, lack, host, [])
+        return best
+
+
+def _promising(items: Sequence[Item], start: int, lack: int, below_us: float) -> bool:
+    """Whether items from `start` on might free this for less, if parts of victims could be taken."""
+    for item in items[start:]:
+        if item.freed >= lack:
+            return lack * item.us_per_byte < below_us
+        below_us -= item.freed * item.us_per_byte
+        lack -= item.freed
+        if below_us <= 0:
+            return False
+    return False
 
 
 def _sleep_instead(chosen: list[Option], candidates: Candidates, missing: Mapping[int, int], count: int,
                    host_left: int) -> list[Option]:
     """Let victims sleep that are to be stopped only for want of host RAM, where stopping older sleepers is cheaper."""
-    sleepers = sorted(found[0] for found in candidates if found[0].frees.get(HOST, 0) > 0)
     by_id = {found[0].id: found[0] for found in candidates if found[0].sleeps}
-    for victim in sorted(option for option in chosen if not option.sleeps and option.id in by_id):
-        others = [option for option in chosen if option is not victim]
-        plan = [*others, by_id[victim.id]]
+    victims = sorted(option for option in chosen if not option.sleeps and option.id in by_id)
+    if not victims:
+        return chosen
+    sleepers = sorted(found[0] for found in candidates if found[0].host_bytes > 0)
+    for victim in victims:
+        plan = [*(option for option in chosen if option is not victim), by_id[victim.id]]
+        if not _fits(missing, plan, count, sum(sleeper.host_bytes for sleeper in sleepers) + max(0, host_left)):
+            continue
         taken = {option.id for option in plan}
+        spare = host_left + _host(plan)
         for sleeper in sleepers:
-            if host_left + _host(plan) < 0 and sleeper.id not in taken:
+            if spare < 0 and sleeper.id not in taken:
                 plan.append(sleeper)
-        if (_fits(missing, plan, count, host_left)
-                and sum(option.cost_us for option in plan) < sum(option.cost_us for option in chosen)):
+                spare += sleeper.host_bytes
+        if _cost(plan) < _cost(chosen) and _fits(missing, plan, count, host_left):
             chosen = plan
     return chosen

@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 
 from gpu import Device
 
-HOST = -1       # stands for the host's RAM in sums over GPUs: sleepers leave their weights there
-
 
 @dataclass(frozen=True, slots=True)
 class Resident:
@@ -38,8 +36,9 @@ class Resident:
 
     @property
     def evictable(self) -> bool:
-        wanted = self.busy if self.may_go is None else not self.may_go
-        return not (self.pinned or wanted or self.leaves is not None)
+        if self.pinned or self.leaves is not None:
+            return False
+        return not self.busy if self.may_go is None else self.may_go
 
 
 @dataclass(frozen=True, slots=True)

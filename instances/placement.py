@@ -31,6 +31,7 @@ __all__ = ["DEFAULT_UTILIZATION", "Limits", "Need", "Plan", "Resident", "devices
 GIB = 1 << 30
 SHARE_STEPS = 10_000        # a share is told to vLLM in steps of a hundredth of a percent
 NAMED_DEVICES = 3           # a refusal spells out so many, those that miss the least
+NAMED_VICTIMS = 5           # and a plan so many
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,9 @@ def _because(choice: Choice, found: Mapping[int, Room], wanted: Mapping[int, int
     names = _list(_name(found[index].device) for index in choice.devices)
     planned = _gib(max(wanted[index] for index in choice.devices))
     if choice.options:
-        victims = _list(_goes(residents[option.id], option.sleeps) for option in choice.options)
+        shown = sorted(choice.options, reverse=True)[:NAMED_VICTIMS]       # those that cost the most
+        victims = _list(_goes(residents[option.id], option.sleeps) for option in sorted(shown, key=lambda o: o.id))
+        victims += f" and so on, {len(choice.options)} in all" if len(shown) < len(choice.options) else ""
         verb = "makes" if len(choice.options) == 1 else "make"
         gone = f", once {_list(residents[id].model for id in after)} made room too" if after else ""
         return f"{names}: {victims}, which {verb} room for {planned}{gone}"
@@ -231,7 +234,7 @@ def _because(choice: Choice, found: Mapping[int, Room], wanted: Mapping[int, int
 
 def _goes(resident: Resident, sleeps: bool) -> str:
     state = "in use for long while others wait" if resident.busy else (
-        f"{'idle' if resident.awake else 'asleep'} and unused for {_span(resident.idle_s)}")
+        f"{'idle' if resident.awake else 'asleep, unused'} for {_span(resident.idle_s)}")
     return f"{resident.model} ({state}) {'goes to sleep' if sleeps else 'is stopped'}"
 
 
@@ -239,15 +242,18 @@ def _refusal(need: Need, count: int, suited: Sequence[Device], found: Mapping[in
              residents: Sequence[Resident], limits: Limits) -> str:
     """How much is missing, where, and who holds it."""
     on_host = suited[0].kind == "host"
-    lacks = []
-    for index, room in found.items():
-        freed = sum(resident.bytes_on.get(index, 0) for resident in residents
-                    if resident.id != need.id and resident.evictable)
-        lacks.append((wanted[index] - room.soon_bytes - freed, index))
+    freed = dict.fromkeys(found, 0)
+    for resident in residents:
+        if resident.evictable and resident.id != need.id:
+            for index, held in resident.bytes_on.items():
+                if index in freed:
+                    freed[index] += held
+    lacks = sorted((lack, index) for index, room in found.items()
+                   if (lack := wanted[index] - room.soon_bytes - freed[index]) > 0)
     places = [f"{_name(found[index].device)} lacks {_gib(lack)} ({_holders(found[index], residents, need.id)})"
-              for lack, index in sorted(lacks) if lack > 0]
-    shown = _list(places[:NAMED_DEVICES], "; ")
-    more = f"; {len(places) - NAMED_DEVICES} more lack as much or more" if len(places) > NAMED_DEVICES else ""
+              for lack, index in lacks[:NAMED_DEVICES]]
+    shown = _list(places, "; ")
+    more = f"; {len(lacks) - NAMED_DEVICES} more lack as much or more" if len(lacks) > NAMED_DEVICES else ""
     kept = f"{_gib(limits.reserved_bytes)} of each stay free (RESERVED_MEMORY_MB); " if limits.reserved_bytes else ""
     return (f"{need.model} needs {_gib(max(wanted.values()))} {_each(count, on_host)} and nothing idle could make that "
             f"room: {shown}{more}; {kept}stop one of them, wait, or {_advice(need, on_host)}")
