@@ -8,7 +8,6 @@ import os
 import resource
 import socket
 import sys
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +19,17 @@ from werkzeug.routing import RequestRedirect
 
 import config
 import router as data_plane
+from configuration.file_watch import FileWatch
 from errors import BadRequest, ConfigError, DaemonError, MethodNotAllowed, NotFound, Unauthorized
 from instance_manager import InstanceManager
 from instances.launcher import wait_until
+from instances.loop import Loop
 from instances.store import StateDir
 from router import Router
 from routing.upstream import ClientLeft
 from web import admin, auth
 from web.audit import AuditLog
+from web.reloader import EVERY_S, Reloader
 from web.server import Server, Service
 
 VERSION = "0.1.0"
@@ -39,11 +41,11 @@ log = logging.getLogger("vllm_server")
 
 @dataclass(frozen=True)
 class Deps:
-    """What the routes use.  `reload_settings` answers with the names of the settings that changed."""
+    """What the routes use."""
 
     manager: InstanceManager
     router: Router
-    reload_settings: Any
+    reloader: Reloader
     audit: AuditLog
 
 
@@ -52,7 +54,7 @@ def create_app(deps: Deps) -> Flask:
     app = Flask("vllm_server", static_folder=None)
     app.url_map.merge_slashes = False
     app.json.sort_keys = False  # type: ignore[attr-defined]
-    app.extensions.update(manager=deps.manager, router=deps.router, reload=deps.reload_settings,
+    app.extensions.update(manager=deps.manager, router=deps.router, reloader=deps.reloader,
                           audit=deps.audit,
                           about={"version": VERSION, "simulated": is_simulated(deps.manager.settings.command)})
     app.before_request(lambda: auth.check(request, deps.manager.settings))
@@ -107,44 +109,30 @@ def _translated(error: Exception) -> DaemonError:
 class Daemon:
     """Settings, as they are now, and what runs on them.  Made in the worker process."""
 
-    def __init__(self, settings: config.Settings, state_dir: StateDir, arguments: argparse.Namespace) -> None:
-        self._arguments = arguments
-        self._reloading = threading.Lock()
+    def __init__(self, settings: config.Settings, state_dir: StateDir, arguments: argparse.Namespace,
+                 watch: FileWatch) -> None:
         self.manager = InstanceManager(settings, state_dir)
         self.router = Router(self.manager)
+        self.reloader = Reloader(lambda: read_settings(arguments), self.manager, watch)
+        self._config_watch = Loop(name="config-watch", tick=self.reloader.tick, interval_s=EVERY_S)
         self.audit = AuditLog(state_dir.path / "audit.log")
 
     def service(self) -> Service:
-        app = create_app(Deps(self.manager, self.router, self.reload, self.audit))
-        return Service(wsgi=app, start=self.start, stop=self.stop, reload=self.reload_and_log,
+        app = create_app(Deps(self.manager, self.router, self.reloader, self.audit))
+        return Service(wsgi=app, start=self.start, stop=self.stop, reload=self.reloader.reload_and_log,
                        streams=self.router.streams, close_door=self.manager.close_door)
 
     def start(self) -> None:
         self.router.start()
         self.manager.start()
+        self._config_watch.start()
 
     def stop(self, hurry: Any, alive: Any) -> None:
+        self._config_watch.stop()
         self.manager.shutdown(keep=self.manager.settings.keep_instances, hurry=hurry, alive=alive)
         self.router.close()
         self.audit.close()
         log.info("stopped")
-
-    def reload(self) -> list[str]:
-        """Read .env and vllm_config.json anew.  Raises BadRequest when they are bad; the old settings stay in force."""
-        with self._reloading:
-            try:
-                settings = read_settings(self._arguments)
-            except ConfigError as error:
-                raise BadRequest(f"not reloaded, the old settings stay: {error}", code="bad_config") from None
-            return self.manager.reconfigure(settings)
-
-    def reload_and_log(self) -> None:
-        try:
-            changed = self.reload()
-        except BadRequest as error:
-            log.error("%s", error.message)
-        else:
-            log.info("settings reloaded; changed: %s", ", ".join(changed) or "nothing")
 
 
 def read_settings(arguments: argparse.Namespace) -> config.Settings:
@@ -202,6 +190,7 @@ def banner(settings: config.Settings, address: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
+    watch = FileWatch(*config.config_paths(arguments.config, Path.cwd()))    # before they are read
     try:
         settings = read_settings(arguments)
         set_up_logging(settings.log_level)
@@ -213,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"vllm-server: STATE_DIR {settings.state_dir} cannot be used: {error.strerror or error}")
     check_address(settings.host, settings.port)
     raise_file_limit()
-    Server(settings, lambda: Daemon(settings, state_dir, arguments).service(),
+    Server(settings, lambda: Daemon(settings, state_dir, arguments, watch).service(),
            lambda address: banner(settings, address)).run()
 
 

@@ -15,7 +15,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from configuration.config_file import FILE_NAMES, ConfigFile, device_problems, find_config_file, read_config_file
+from configuration.config_file import (
+    FILE_NAMES,
+    ConfigFile,
+    config_paths,
+    device_problems,
+    find_config_file,
+    read_config_file,
+)
 from configuration.env_file import engine_variables, read_env_file, refuse_near_miss
 from configuration.keys import Key, read_keys
 from configuration.keys import checked as checked_keys
@@ -46,7 +53,7 @@ from instances.flags import (
 )
 
 __all__ = ["RESERVED_FLAGS", "SETTINGS", "Catalog", "Difference", "Key", "ModelConfig", "Setting", "Settings",
-           "check_params", "child_environment", "diff", "load_settings", "merge_flags", "to_argv"]
+           "check_params", "child_environment", "config_paths", "diff", "load_settings", "merge_flags", "to_argv"]
 
 
 @dataclass(frozen=True)

@@ -55,11 +55,14 @@ class ConfigFile:
             raise _config_error(self.document, found)
 
 
+def config_paths(wanted: Path | None, cwd: Path) -> tuple[Path, ...]:
+    """Where the file may be: `wanted` only, or the first of these."""
+    return tuple(cwd / name for name in FILE_NAMES) if wanted is None else (cwd / wanted,)
+
+
 def find_config_file(wanted: Path | None, cwd: Path) -> Path | None:
     """The file to read; None: there is none, and none was asked for."""
-    if wanted is not None:
-        return cwd / wanted
-    return next((path for name in FILE_NAMES if (path := cwd / name).is_file()), None)
+    return next((path for path in config_paths(wanted, cwd) if wanted is not None or path.is_file()), None)
 
 
 def read_config_file(path: Path, home: Path) -> ConfigFile:

@@ -62,7 +62,8 @@ class Daemon:
     """
 
     def __init__(self, folder: Path, env: Mapping[str, str] | None = None, *,
-                 patch: Mapping[str, object] | None = None, command: str = SIMULATOR) -> None:
+                 patch: Mapping[str, object] | None = None, command: str = SIMULATOR,
+                 arguments: Sequence[str] = ()) -> None:
         self.folder = folder
         self.state = folder / "state"
         self.log_path = folder / "daemon.log"
@@ -74,7 +75,7 @@ class Daemon:
         # Short, as paths of sockets end at 107 bytes; every process of an engine has it in its environment.
         self.temporary = Path(tempfile.mkdtemp(prefix="vsd", dir="/tmp"))
         self._claim, base_port = claim_ports()
-        self._argv = [sys.executable, *_entry(patch or {}), "--host", "127.0.0.1", "--port", "0"]
+        self._argv = [sys.executable, *_entry(patch or {}), "--host", "127.0.0.1", "--port", "0", *arguments]
         self.env = {
             "PATH": os.environ["PATH"], "HOME": str(folder), "LANG": "C.UTF-8", "TMPDIR": str(self.temporary),
             "PYTHONDONTWRITEBYTECODE": os.environ.get("PYTHONDONTWRITEBYTECODE", ""),

@@ -15,11 +15,12 @@ from werkzeug.test import TestResponse
 
 import errors
 from app import Deps, create_app, is_simulated
-from config import Settings, load_settings
+from config import Difference, Settings, load_settings
 from configuration.keys import parse_keys
 from instances.instance import InstanceSpec, InstanceView, Problem, State
 from routing.upstream import ClientLeft
 from web.admin import hide_secrets
+from web.reloader import Reloaded
 
 SPEC = InstanceSpec("org/m", ("alias", "org/m"), {"dtype": "auto", "hf_token": "hf_secret"}, {"hf_token": "hf_secret"},
                     600.0, 600.0)
@@ -75,10 +76,11 @@ def client(manager: FakeManager) -> FlaskClient:
     return client_of(manager)
 
 
-def client_of(manager: FakeManager, reload: Callable[[], list[str]] = lambda: ["log_level"]) -> FlaskClient:
+def client_of(manager: FakeManager, reload: Callable[[], Reloaded] | None = None) -> FlaskClient:
     router = cast(Any, SimpleNamespace(manager=manager, watch=None))
     audit = cast(Any, SimpleNamespace(note=lambda *_: None))
-    return create_app(Deps(cast(Any, manager), router, reload, audit)).test_client()
+    reloader = cast(Any, SimpleNamespace(reload=reload, problem=None))
+    return create_app(Deps(cast(Any, manager), router, reloader, audit)).test_client()
 
 
 def error_of(answer: TestResponse) -> dict[str, Any]:
@@ -195,7 +197,7 @@ def test_health(client: FlaskClient, manager: FakeManager) -> None:
     answer = client.get("/health")
     assert answer.status_code == 200
     assert answer.get_json() == {"status": "ok", "instances": 3, "ready": 1, "vllm_processes": 1, "version": "0.1.0",
-                                 "simulated": False}
+                                 "config": {"file": None, "error": None}, "simulated": False}
 
 
 @pytest.mark.parametrize(("command", "simulated"), [
@@ -255,9 +257,13 @@ def test_a_bad_force(client: FlaskClient) -> None:
 
 
 def test_reload_answers_with_what_changed(manager: FakeManager) -> None:
-    assert client_of(manager).post("/admin/reload").get_json() == {"object": "reload", "changed": ["log_level"]}
+    reloaded = Reloaded(("max_queue", "catalog"), Difference(added=("a",), changed=("o/b", "c"), restart=("c",)))
+    assert client_of(manager, lambda: reloaded).post("/admin/reload").get_json() == {
+        "object": "reload", "changed": ["max_queue", "catalog"],
+        "models": {"added": ["a"], "removed": [], "changed": ["o/b", "c"]}}
+    assert str(reloaded) == "changed: max_queue; models added: a; models changed: o/b, c"
 
-    def bad() -> list[str]:
+    def bad() -> Reloaded:
         raise errors.BadRequest("not reloaded: .env:3: no", code="bad_config")
 
     answer = client_of(manager, bad).post("/admin/reload")

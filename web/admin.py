@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from router import Router
 from routing.client_watch import Watched
 from web import bodies
 from web.audit import LISTED, AuditLog
+from web.reloader import Reloader
 
 blueprint = Blueprint("admin", __name__)
 
@@ -34,6 +35,11 @@ SETTLED = frozenset({State.READY, State.FAILED})
 def _manager() -> InstanceManager:
     manager: InstanceManager = current_app.extensions["manager"]
     return manager
+
+
+def _reloader() -> Reloader:
+    reloader: Reloader = current_app.extensions["reloader"]
+    return reloader
 
 
 @blueprint.get("/instances")
@@ -111,8 +117,10 @@ def list_gpus() -> Response:
 
 @blueprint.post("/admin/reload")
 def reload() -> Response:
-    reload_settings: Callable[[], list[str]] = current_app.extensions["reload"]
-    return jsonify(object="reload", changed=reload_settings())
+    reloaded = _reloader().reload()
+    models = reloaded.models
+    return jsonify(object="reload", changed=list(reloaded.settings),
+                   models={"added": models.added, "removed": models.removed, "changed": models.changed})
 
 
 @blueprint.get("/admin/audit")
@@ -129,8 +137,17 @@ def health() -> Response:
     views = manager.snapshot()
     ready = sum(view.state is State.READY for view in views)
     body = {"status": "ok", "instances": len(views), "ready": ready,
-            "vllm_processes": sum(view.pid is not None for view in views), **current_app.extensions["about"]}
+            "vllm_processes": sum(view.pid is not None for view in views), "config": _config_state(),
+            **current_app.extensions["about"]}
     return jsonify(body)
+
+
+def _config_state() -> dict[str, str | None]:
+    """Which config.yaml is in force, and what is wrong with what is on disk.  Everyone may see it: no folder's name."""
+    path, problem = _manager().settings.config_file, _reloader().problem
+    if path is None:
+        return {"file": None, "error": problem}
+    return {"file": path.name, "error": None if problem is None else problem.replace(f"{path.parent}/", "")}
 
 
 @blueprint.get("/version")

@@ -1,0 +1,75 @@
+"""Settings are read anew when somebody says so or config.yaml changes; what is bad changes nothing and is reported."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from config import Difference, Settings, diff
+from configuration.file_watch import FileWatch
+from errors import BadRequest, ConfigError
+from instance_manager import InstanceManager
+
+log = logging.getLogger("vllm_server")
+
+EVERY_S = 1.0       # how often config.yaml is looked at
+
+
+@dataclass(frozen=True)
+class Reloaded:
+    """`settings`: the names of those that changed."""
+
+    settings: tuple[str, ...]
+    models: Difference
+
+    def __str__(self) -> str:
+        parts = [f"models {what}: {', '.join(ids)}" for what, ids in (
+            ("added", self.models.added), ("removed", self.models.removed), ("changed", self.models.changed)) if ids]
+        names = [name for name in self.settings if name != "catalog"]
+        return "; ".join([f"changed: {', '.join(names) or 'nothing'}", *parts])
+
+
+class Reloader:
+    """Thread-safe.  `read` raises ConfigError; `problem` is what was wrong with the files when they were last read."""
+
+    def __init__(self, read: Callable[[], Settings], manager: InstanceManager, watch: FileWatch) -> None:
+        self._read = read
+        self._manager = manager
+        self._watch = watch
+        self._reloading = threading.Lock()
+        self.problem: str | None = None
+
+    def reload(self) -> Reloaded:
+        """Raises BadRequest when the files are bad; the old settings stay in force."""
+        with self._reloading:
+            self._watch.note()
+            try:
+                settings = self._read()
+                self._check_still_there(settings)
+            except ConfigError as error:
+                self.problem = str(error)
+                raise BadRequest(f"not reloaded, the old settings stay: {error}", code="bad_config") from None
+            self.problem = None
+            models = diff(self._manager.settings.catalog, settings.catalog)
+            return Reloaded(tuple(self._manager.reconfigure(settings)), models)
+
+    def reload_and_log(self) -> None:
+        try:
+            reloaded = self.reload()
+        except BadRequest as error:
+            log.error("%s", error.message)
+        else:
+            log.info("settings reloaded; %s", reloaded)
+
+    def tick(self, now: float) -> None:
+        """Every EVERY_S seconds: reload when config.yaml has changed and is written to no more."""
+        if self._watch.changed():
+            self.reload_and_log()
+
+    def _check_still_there(self, settings: Settings) -> None:
+        """Who removes the file by mistake, or for the moment between two writes, does not mean to stop every model."""
+        before = self._manager.settings.config_file
+        if before is not None and settings.config_file is None:
+            raise ConfigError(str(before), "is gone; one that says `models: {}` takes all models away")
