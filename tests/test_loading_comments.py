@@ -110,7 +110,7 @@ def test_a_client_that_leaves_meanwhile_costs_the_engine_nothing(daemon: Daemon)
         assert next(events(answer)).startswith(b": loading")
     wait_until(lambda: daemon.status_of(made["id"]) == "ready")
     assert stream(daemon)[1]        # whoever came before would have been served by now
-    assert daemon.get("/load").json == {"server_load": 0}
+    wait_until(lambda: daemon.get("/load").json == {"server_load": 0})
     assert daemon.get(f"/instances/{made['id']}/logs?tail=100").body.count(b"POST /v1/chat/completions") == 1
 
 
