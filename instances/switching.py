@@ -9,8 +9,9 @@ requests, ends those that it has (all that came before), and goes.
   idle for a quarter of that.  Who asks in short intervals keeps it for a turn; one lonely request does not.
 - Who has waited longest is next; others may start meanwhile only where nobody has to go for them.
 
-With n models, room for one of them, hold H, load L (the longest) and drain D (the longest request), none waits for its
-turn longer than `longest_wait_s`: (n - 1) x (H + D + L) + L.
+With n models, room for one of them, hold H, load L (the longest) and drain D (the longest request), no request waits
+longer than `longest_wait_s`: D + (n - 1) x (L + H + D) + L.  It came too late for its own model, which drains; each of
+the others has a turn; its own is loaded.
 """
 
 from __future__ import annotations
@@ -63,5 +64,13 @@ def give_up(*, waiting: int, elapsed_s: float, expected_s: float | None) -> bool
 
 
 def longest_wait_s(models: int, *, max_hold_s: float, drain_s: float, load_s: float) -> float:
-    """The bound on any model's wait for its turn, where one fits at a time and none fails to load."""
-    return max(0, models - 1) * (max_hold_s + drain_s + load_s) + load_s
+    """The bound on any request's wait, where one model fits at a time and none fails to load.
+
+    Each other model has one turn at most before it: who waited less comes later, and who had its turn waits anew.
+    """
+    return drain_s + max(0, models - 1) * (load_s + max_hold_s + drain_s) + load_s
+
+
+def shortest_turn_s(reload_s: float | None, max_hold_s: float) -> float:
+    """Nobody goes sooner after its load, so there is no more than one switch in a load and this time."""
+    return IDLE_SHARE * residence_s(reload_s, max_hold_s)
