@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import resource
@@ -19,6 +20,7 @@ from werkzeug.routing import RequestRedirect
 
 import config
 import router as data_plane
+from configuration.described import described
 from configuration.file_watch import FileWatch
 from errors import BadRequest, ConfigError, DaemonError, MethodNotAllowed, NotFound, Unauthorized
 from instance_manager import InstanceManager
@@ -148,6 +150,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--port", help="port to listen on (APP_PORT)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="models file instead of ./config.yaml")
     parser.add_argument("--env", type=Path, metavar="FILE", help="settings file instead of ./.env")
+    parser.add_argument("--check", action="store_true",
+                        help="read the settings, say what is wrong with them or print them as JSON, and end")
     parser.add_argument("--version", action="version", version=f"vllm-server {VERSION}")
     return parser.parse_args(argv)
 
@@ -193,6 +197,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     watch = FileWatch(*config.config_paths(arguments.config, Path.cwd()))    # before they are read
     try:
         settings = read_settings(arguments)
+        if arguments.check:
+            sys.stdout.write(json.dumps(described(vars(settings)), indent=2) + "\n")
+            return
         set_up_logging(settings.log_level)
         state_dir = StateDir(settings.state_dir)
         state_dir.lock()

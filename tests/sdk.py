@@ -51,7 +51,7 @@ CLIENTS: dict[str, Any] = {"sync": VLLMProxyClient, "async": Blocking}
 
 def answer(status: int = 200, body: bytes = b"{}", *, kind: str = "application/json", **headers: object) -> bytes:
     """The bytes of a whole answer; `retry_after=1` is the header Retry-After."""
-    lines = [f"HTTP/1.1 {status} Status", f"Content-Type: {kind}", f"Content-Length: {len(body)}",
+    lines = [f"HTTP/1.1 {status} Status", f"Content-Type: {kind}", f"Content-Length: {len(body)}", "Connection: close",
              *(f"{name.replace('_', '-')}: {value}" for name, value in headers.items())]
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
@@ -59,8 +59,8 @@ def answer(status: int = 200, body: bytes = b"{}", *, kind: str = "application/j
 def stream(*events: bytes, whole: bool = True) -> bytes:
     """A chunked event stream, with its end or cut before it."""
     chunks = b"".join(b"%x\r\n%s\r\n" % (len(event), event) for event in events)
-    return (b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nTransfer-Encoding: chunked\r\n\r\n"
-            + chunks + (b"0\r\n\r\n" if whole else b""))
+    return (b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nTransfer-Encoding: chunked\r\n"
+            b"Connection: close\r\n\r\n" + chunks + (b"0\r\n\r\n" if whole else b""))
 
 
 class Scripted:

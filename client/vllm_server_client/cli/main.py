@@ -9,7 +9,7 @@ from typing import NoReturn
 import click
 
 from vllm_server_client import __version__
-from vllm_server_client.cli import chat, instances, models, server
+from vllm_server_client.cli import chat, doctor, instances, models, run, server
 from vllm_server_client.cli.exits import MEANINGS, Exit
 from vllm_server_client.cli.server import VARIABLE
 from vllm_server_client.cli.terminal import Group
@@ -27,7 +27,7 @@ def cli() -> None:
 
 
 for each in (instances.ps, models.models, models.load, instances.stop, instances.logs, chat.chat, instances.gpus,
-             server.health, server.reload, server.completion):
+             server.health, server.reload, run.run, doctor.doctor, server.completion):
     cli.add_command(each)
 
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         code = cli.main(argv, prog_name="vllm-server", complete_var=VARIABLE, standalone_mode=False)
     except click.ClickException as error:
         error.show()
-        code = Exit.USAGE
+        code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
         code = Exit.INTERRUPTED
     sys.exit(code or Exit.OK)
