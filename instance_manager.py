@@ -12,19 +12,23 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import gpu
 from config import Settings, diff
 from errors import Conflict, EngineStopped, ManagerError, ShuttingDown, TooManyInstances
+from instances.arranger import Arranger, PlanReport
 from instances.demand import Demand
 from instances.instance import ACTIVE, Haste, Instance, InstanceSpec, InstanceView, State
 from instances.keeper import Keeper
 from instances.launcher import Launcher
 from instances.loop import Loop
+from instances.placement import Plan
 from instances.registry import LOOK_S
 from instances.resources import Resources
-from instances.specs import CreateRequest, differences, spec_for
+from instances.specs import CreateRequest, differences, entry_for, spec_for, spec_of
 from instances.store import Record, StateDir
+from instances.tenancy import Tenancy
 
 __all__ = ["FIXED", "CreateRequest", "InstanceManager"]
 
@@ -45,10 +49,10 @@ class InstanceManager(Demand):
                  clock: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time,
                  run: Callable[[Loop], None] = Loop.start) -> None:
         super().__init__(clock=clock, wall=wall)
-        self._lines: dict[str, dict[object, float]] = {}
         self.resources = Resources(
             settings, state_dir, launcher=launcher or Launcher(), environ=environ,
             devices=devices or gpu.GpuReader(visible=settings.engine_env.get("CUDA_VISIBLE_DEVICES")))
+        self._arranger = Arranger(self, self.resources)
         self._run = run
         self._loops: dict[str, Loop] = {}       # of the keepers that have something left to do
         self._reaper = Loop(name="reaper", tick=self.tick, interval_s=REAPER_STEP_S, clock=clock)
@@ -79,8 +83,8 @@ class InstanceManager(Demand):
             same = next((one for one in active if not differences(one.spec, spec)), None)
             if same is not None and not request.new:
                 self._touch(same, request.timeout_s)
+                same.on_demand, same.wake_wanted = False, True
                 self._begin_wake(same, "created again")
-                same.on_demand = False
                 return self._view(same), False
             if active and not (request.replace or request.new):
                 raise Conflict(_other_params(active[0], spec), code="instance_exists", param="params")
@@ -128,13 +132,33 @@ class InstanceManager(Demand):
         """Begin to wake it; nothing happens to one that is awake or about to be.  Raises NotFound, Conflict."""
         with self._changed:
             instance = self._find(instance_id)
+            instance.wake_wanted = True
             self._begin_wake(instance, "told to wake")
-            if instance.state is State.FALLING_ASLEEP:
-                instance.wake_wanted = True
-            elif instance.state not in (State.READY, State.WAKING):
+            if instance.state not in (State.READY, State.WAKING, State.FALLING_ASLEEP):
                 raise Conflict(f"instance {instance_id} is {instance.state}: only one that sleeps can be woken",
                                code="not_sleeping", param="instance_id")
             return self._view(instance)
+
+    # --- what a load would do -------------------------------------------------------------------------------------
+
+    def plan_for(self, name: str) -> PlanReport:
+        """Would it fit, where, who would go for it, and how long should it take.  Raises ModelNotFound."""
+        with self._changed:
+            there = next((one for one in self._by_name.get(name, ()) if one.state in ACTIVE), None)
+            spec = spec_of(self.settings, self._entry(name)) if there is None else there.spec
+        now = self.clock()
+        return self._arranger.report(there or Instance(
+            id="", spec=spec, created_at=0.0, last_used=now, log_path="", seated=False), now)
+
+    def expected_start_s(self, name: str) -> float | None:
+        """How long a start of this model, or a wake of it if it sleeps, took before; None: nobody knows."""
+        with self._changed:
+            there = next((one for one in self._by_name.get(name, ()) if one.state in ACTIVE), None)
+            if there is not None:
+                return there.wake_s if there.asleep_level else there.reload_s
+            entry = entry_for(self.settings, name)
+        known = None if entry is None else self.resources.known(spec_of(self.settings, entry), self.clock())
+        return None if known is None else known.reload_s
 
     # --- life of the daemon ---------------------------------------------------------------------------------------
 
@@ -153,18 +177,13 @@ class InstanceManager(Demand):
     def tick(self, now: float) -> None:
         """One round of the reaper: what is idle past its timeout sleeps if it may, and is stopped otherwise; loads
         that nobody waits for any more are given up, and what the configuration no longer has goes."""
+        host_bytes = self.resources.sleep_host_bytes()
         with self._changed:
             self._give_up_loads(now)
             made = self._retire_outdated()
             for one in list(self._instances.values()):
-                if not one.expired(now) or self._queued(one):
-                    continue
-                if one.state is State.SLEEPING:
-                    self._begin_stop(one, Haste.DRAIN, f"asleep for {one.spec.stop_after_s:g} s")
-                elif one.state is State.READY and one.spec.sleep_level:
-                    self._begin_sleep(one, one.spec.sleep_level, f"idle for {one.spec.timeout_s:g} s", drowsy=True)
-                elif one.state in (State.READY, State.BACKOFF):
-                    self._begin_stop(one, Haste.DRAIN, f"idle for {one.spec.timeout_s:g} s")
+                if one.expired(now) and not self._queued(one):
+                    self._expire(one, host_bytes)
         self._begin_all(made)
 
     def shutdown(self, *, keep: bool, hurry: Callable[[], bool] = lambda: False,
@@ -226,7 +245,7 @@ class InstanceManager(Demand):
 
     def _check_room(self, replaced: int) -> None:
         """Those that are being stopped count: they hold memory still.  Caller holds the lock."""
-        there = [one for one in self._instances.values() if one.state is not State.FAILED]
+        there = [one for one in self._instances.values() if one.seated and one.state is not State.FAILED]
         if len(there) - replaced >= self.settings.max_instances:
             stopping = sum(one.state is State.STOPPING for one in there)
             raise TooManyInstances(
@@ -238,7 +257,7 @@ class InstanceManager(Demand):
         """Caller holds the lock."""
         instance_id, now = self._new_id(), self.clock()
         instance = Instance(id=instance_id, spec=spec, created_at=self._wall(), last_used=now, changed_at=now,
-                            log_path=str(self.resources.log_path(instance_id)), after=after)
+                            wanted_at=now, log_path=str(self.resources.log_path(instance_id)), after=after)
         self._register(instance)
         return instance
 
@@ -246,7 +265,7 @@ class InstanceManager(Demand):
         """Write its record, then let its keeper start it: no engine runs that the next daemon would not find."""
         try:
             self.resources.state_dir.save(self.resources.record(self.view(instance), None))
-            self._run_keeper(instance, Keeper(instance, self, self.resources))
+            self._run_keeper(instance, self._keeper(instance))
         except (OSError, RuntimeError) as error:    # a full disk; no thread left
             with self._changed:
                 self._loops.pop(instance.id, None)
@@ -267,7 +286,9 @@ class InstanceManager(Demand):
         instance = Instance(
             id=record.id, spec=record.spec, created_at=record.created_at, last_used=now, changed_at=now,
             log_path=str(log_path), port=record.port, devices=record.devices if engine else (),
-            restarts=record.restarts, pid=engine.pid if engine else None,
+            restarts=record.restarts, pid=engine.pid if engine else None, wanted_at=now,
+            grant=Plan(record.devices, None, record.memory_planned_bytes, record.because) if engine else None,
+            memory_planned_bytes=record.memory_planned_bytes if engine else None, because=record.because,
             asleep_level=record.asleep_level if engine else 0,
             why="found again" if engine else "no engine of it was running; starting anew")
         if engine is not None and record.port is not None:
@@ -281,8 +302,8 @@ class InstanceManager(Demand):
             elif engine is None and record.spec.config_id is not None:
                 self._begin_stop(instance, Haste.DRAIN, "no engine of it was running")
         log.info("%s (%s): %s", record.id, record.spec.model, instance.why)
-        self._run_keeper(instance, Keeper(
-            instance, self, self.resources, engine=engine, was=record.state,
+        self._run_keeper(instance, self._keeper(
+            instance, engine=engine, was=record.state,
             remains=None if engine else lambda: launcher.end_remains(record.id, record.engine)))
 
     # --- ends -----------------------------------------------------------------------------------------------------
@@ -294,6 +315,18 @@ class InstanceManager(Demand):
             self._drop(instance, why)
         elif instance.state in ACTIVE:
             instance.change_state(State.STOPPING, self.clock(), why)
+
+    def _expire(self, instance: Instance, host_bytes: int) -> None:
+        """Nobody wants it any more.  Caller holds the lock."""
+        why = f"idle for {instance.spec.timeout_s:g} s"
+        if instance.state is State.SLEEPING:
+            self._begin_stop(instance, Haste.DRAIN, f"asleep for {instance.spec.stop_after_s:g} s")
+        elif (instance.state is State.READY and instance.spec.sleep_level
+                and self._make_host_room(instance, host_bytes)):
+            self._begin_sleep(instance, instance.spec.sleep_level, why, drowsy=True)
+        elif instance.state in (State.READY, State.BACKOFF):
+            self._counters["idle_stops"] += 1
+            self._begin_stop(instance, Haste.DRAIN, why)
 
     def _stop_all(self, hurry: Callable[[], bool], alive: Callable[[], None]) -> None:
         haste = None
@@ -315,6 +348,10 @@ class InstanceManager(Demand):
 
     # --- the keepers' threads -------------------------------------------------------------------------------------
 
+    def _keeper(self, instance: Instance, **adopted: Any) -> Keeper:
+        tenancy = Tenancy(instance, self, self.resources, self._arranger)
+        return Keeper(instance, self, self.resources, tenancy, **adopted)
+
     def _run_keeper(self, instance: Instance, keeper: Keeper) -> None:
         """Raises RuntimeError when the system has no thread left."""
         def tick(now: float) -> float | bool:
@@ -331,17 +368,8 @@ class InstanceManager(Demand):
             self._loops[instance.id] = loop
         self._run(loop)
 
-    def _on_change(self, instance: Instance, old: State) -> None:
-        """A new state is something for its keeper to do.  Caller holds the lock."""
-        super()._on_change(instance, old)
+    def _stir(self, instance: Instance) -> None:
         if (loop := self._loops.get(instance.id)) is not None:
-            loop.wake()
-
-    def _nudge(self, instance_id: str) -> None:
-        """Its keeper has something to do, though its state is the same."""
-        with self._changed:
-            loop = self._loops.get(instance_id)
-        if loop is not None:
             loop.wake()
 
     def _running_loops(self) -> list[Loop]:

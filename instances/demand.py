@@ -15,7 +15,7 @@ from config import ModelConfig, Settings
 from errors import DaemonError, LoadFailed, ManagerError, ModelNotFound, NoRoom, QueueFull, ShuttingDown
 from instances import switching
 from instances.instance import ACTIVE, Candidate, Haste, Instance, InstanceSpec, InstanceView, State
-from instances.registry import Registry
+from instances.rooms import Rooms
 from instances.specs import entry_changed, entry_for, spec_of, with_soft
 
 log = logging.getLogger("vllm_server.manager")
@@ -36,10 +36,8 @@ class Loadable:
     status: str = "unloaded"
 
 
-class Demand(Registry):
+class Demand(Rooms):
     """Thread-safe, on the registry's lock."""
-
-    _lines: dict[str, dict[object, float]]      # model name -> who waits for it: when each began to
 
     @property
     @abstractmethod
@@ -52,10 +50,6 @@ class Demand(Registry):
     @abstractmethod
     def _begin(self, instance: Instance) -> None:
         """Write its record and start its keeper; caller does not hold the lock.  Raises ManagerError."""
-
-    @abstractmethod
-    def _begin_stop(self, instance: Instance, haste: Haste, why: str) -> None:
-        """Caller holds the lock."""
 
     # --- requests -------------------------------------------------------------------------------------------------
 
@@ -112,9 +106,9 @@ class Demand(Registry):
             active = [one for one in self._by_name.get(name, ()) if one.state in ACTIVE and not one.outdated]
             made: list[Instance] = []
             if not active:
-                made = active = self._make(entry, on_demand=False)
+                made = active = self._make(entry)
             for one in active:
-                one.on_demand = False
+                one.on_demand, one.modest, one.wake_wanted = False, False, True
                 self._begin_wake(one, "told to load")
             first = active[0]
         self._begin_all(made)
@@ -147,7 +141,7 @@ class Demand(Registry):
         for entry in entries:
             try:
                 with self._changed:
-                    made = [] if self._is_active(entry.id) else self._make(entry, on_demand=False)
+                    made = [] if self._is_active(entry.id) else self._make(entry, modest=True)
                 self._begin_all(made)
             except DaemonError as error:
                 log.error("%s is not preloaded: %s", entry.id, error.message)
@@ -165,7 +159,7 @@ class Demand(Registry):
                                 param="model")
         return entry
 
-    def _make(self, entry: ModelConfig, *, on_demand: bool) -> list[Instance]:
+    def _make(self, entry: ModelConfig, *, on_demand: bool = False, modest: bool = False) -> list[Instance]:
         """New instances of an entry, as many as its least; they take the place of those that are outdated or end."""
         if self._closing:
             raise ShuttingDown("the daemon is shutting down and starts no instances")
@@ -176,10 +170,9 @@ class Demand(Registry):
                 self._begin_stop(one, Haste.PATIENT, "its configuration changed")
         self._forget_failed(spec)
         self._check_names(spec)
-        self._check_room(len(old))
         made = [self._add(spec, frozenset(one.id for one in old)) for _ in range(max(1, entry.replicas[0]))]
         for one in made:
-            one.on_demand = on_demand
+            one.on_demand, one.modest, one.seated = on_demand, modest, False
         self._counters["loads"] += len(made)
         return made
 
@@ -204,16 +197,17 @@ class Demand(Registry):
         error.retry_after_s = retry_after_s
         return error
 
-    def _queued(self, instance: Instance) -> int:
-        """How many requests wait in the queues of its names."""
-        return sum(len(self._lines[name]) for name in instance.names if name in self._lines)
-
-    def _wanted(self, instance: Instance) -> bool:
-        return bool(instance.leases or instance.waiting or self._queued(instance))
+    def _comes_back(self, instance: Instance) -> bool:
+        return (instance.spec.config_id is not None and self.settings.auto_load != "off"
+                and self._entry_of(instance) is not None)
 
     def _give_up_loads(self, now: float) -> None:
         """Loads that requests began, and of which none waits any more, end unless they are far."""
         for one in list(self._instances.values()):
+            if one.state is State.WAKING and one.grant is None and not one.wake_wanted and not self._wanted(one):
+                if now - one.last_used >= GRACE_S:      # none waits for the room that it seeks
+                    one.change_state(State.SLEEPING, now, "nobody waits for it any more")
+                continue
             if not one.on_demand or one.state not in (State.STARTING, State.BACKOFF) or self._wanted(one):
                 continue
             elapsed_s = 0.0 if one.launched_at is None else now - one.launched_at
@@ -252,7 +246,7 @@ class Demand(Registry):
                 continue
             entry = self._entry_of(one)
             if entry is not None and entry.preload and not self._closing:
-                made += self._make(entry, on_demand=False)
+                made += self._make(entry)
             else:
                 self._begin_stop(one, Haste.PATIENT, "its configuration changed")
         return made
@@ -273,11 +267,6 @@ class Demand(Registry):
     @abstractmethod
     def _check_names(self, spec: InstanceSpec) -> None:
         """Raises Conflict when a name of it belongs to another model.  Caller holds the lock."""
-
-
-    @abstractmethod
-    def _check_room(self, replaced: int) -> None:
-        """Raises TooManyInstances.  Caller holds the lock."""
 
 
 def _candidates(found: Iterable[Instance]) -> list[Candidate]:

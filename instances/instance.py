@@ -32,6 +32,7 @@ from enum import IntEnum, StrEnum
 from typing import Any
 
 from errors import DaemonError, NotReady
+from instances.placement import Plan
 
 log = logging.getLogger("vllm_server.instances")
 
@@ -197,6 +198,15 @@ class Candidate:
     in_flight: int
 
 
+@dataclass(frozen=True)
+class Squeeze:
+    """A second try for one that ran out of memory: with more than `bytes_per_device` if that can be had, else with
+    `flags` that its log suggests, as far as the user has not fixed them."""
+
+    bytes_per_device: int | None
+    flags: Mapping[str, object]
+
+
 @dataclass(eq=False)
 class Instance:
     """The mutable record in the registry.  Every field is read and written under the manager's lock."""
@@ -215,8 +225,19 @@ class Instance:
     port: int | None = None
     pid: int | None = None
     devices: tuple[int, ...] = ()
-    memory_planned_bytes: int | None = None
-    memory_measured_bytes: int | None = None
+    grant: Plan | None = None           # the room that it has or was promised, awake; None: it has none
+    evicts: frozenset[str] = frozenset()    # who has to be gone, or asleep, before it may take that room
+    memory_planned_bytes: int | None = None         # of each device, when it is awake
+    held_on: Mapping[int, int] | None = None        # by device, as last measured; None: nobody can tell
+    used_before: Mapping[int, int] = field(default_factory=dict)    # of its devices, by all, before it took its room
+    asleep_on: Mapping[int, int] = field(default_factory=dict)      # by device, what it holds asleep or would
+    host_bytes: int = 0                 # of the host's RAM, what it holds asleep or would
+    seated: bool = True                 # it counts for VLLM_MAX_INSTANCES; a load on demand only once it has room
+    modest: bool = False                # it is loaded ahead of requests: nobody goes for it
+    wanted_at: float = 0.0              # monotonic: since when it wants room
+    ready_at: float = 0.0               # monotonic: since when it holds what it has
+    no_hope_since: float | None = None  # monotonic: since when nobody could make that room
+    squeeze: Squeeze | None = None      # it ran out of memory and tries once more
     leases: set[Lease] = field(default_factory=set)
     waiting: int = 0                    # requests that wait for it to become ready
     last_success: float = 0.0           # monotonic: when the engine last answered a request
@@ -233,7 +254,8 @@ class Instance:
     wake_wanted: bool = False           # as soon as it sleeps
     because: str = ""                   # why it stands where it does
     launched_at: float | None = None    # monotonic: when its engine was started
-    reload_s: float | None = None       # what a start of it took before
+    reload_s: float | None = None       # what a start of it took before,
+    wake_s: float | None = None         # and a wake
     on_demand: bool = False             # requests alone made it: its load is given up when none of them waits any more
     outdated: bool = False              # its entry of the catalog has changed: another one takes its place
     engine: Mapping[str, Any] = field(default_factory=dict)  # facts of its start-up log
@@ -297,7 +319,8 @@ class Instance:
         return InstanceView(
             id=self.id, spec=self.spec, names=self.names, state=self.state, why=self.why, phase=self.phase,
             progress=self.progress, port=self.port, pid=self.pid, devices=self.devices,
-            memory_planned_bytes=self.memory_planned_bytes, memory_measured_bytes=self.memory_measured_bytes,
+            memory_planned_bytes=self.memory_planned_bytes,
+            memory_measured_bytes=None if self.held_on is None else sum(self.held_on.values()),
             in_flight=len(self.leases), created_at=self.created_at, last_used_at=wall - (now - self.last_used),
             expires_in_s=self.expires_in(now), restarts=self.restarts,
             retry_in_s=max(0.0, self.retry_at - now) if self.state is State.BACKOFF and self.retry_at else None,

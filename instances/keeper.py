@@ -7,7 +7,7 @@ go back through the registry, which may refuse them when the state has moved on 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from errors import DaemonError, EngineDied, EngineStopped, NoFreePort, NoRoom
@@ -15,21 +15,22 @@ from instances import probe, sleeping
 from instances.instance import SERVED, Haste, Instance, Problem, State
 from instances.launcher import Engine, LaunchRefused, LaunchSpec
 from instances.log_file import prune_logs, read_tail
-from instances.registry import Registry
 from instances.resources import LOGS_KEPT, Resources
-from instances.settling import Settling
+from instances.rooms import Rooms
 from instances.sleeping import Talk
 from instances.sockets import Listener
 from instances.start_watch import StartWatch
 from instances.startup_log import StartupLog
 from instances.store import Record
+from instances.tenancy import Tenancy
 from instances.watchdog import Verdict, Watchdog
 
 log = logging.getLogger("vllm_server.keeper")
 
 STEP_S = {State.STARTING: 0.1, State.READY: 0.25, State.FALLING_ASLEEP: 0.02, State.SLEEPING: 0.25,
           State.WAKING: 0.02, State.BACKOFF: 0.1, State.STOPPING: 0.05}
-DEVICE_STEP_S = 0.5         # while it waits for a device: all of them are read each time
+SEEK_STEP_S = 0.25          # while it seeks room: all devices are read each time
+WAIT_STEP_S = 0.1           # while it waits for memory to come free, or for its turn
 HOUSEKEEPING_S = 5.0
 LAST_WORDS_S = 1.0          # a dying API server tells its clients within 0.1 s; then it is ended
 CUT_WAIT_S = 2.0            # for request threads to let go of a connection that was cut
@@ -46,17 +47,19 @@ class Keeper:
     daemon left of an engine that does not run any more.
     """
 
-    def __init__(self, instance: Instance, registry: Registry, resources: Resources, *, engine: Engine | None = None,
-                 was: State = State.STARTING, remains: Callable[[], object] | None = None) -> None:
+    def __init__(self, instance: Instance, registry: Rooms, resources: Resources, tenancy: Tenancy, *,
+                 engine: Engine | None = None, was: State = State.STARTING,
+                 remains: Callable[[], object] | None = None) -> None:
         self._instance = instance
         self._registry = registry
         self._resources = resources
+        self._tenancy = tenancy
         self._engine = engine
         self._was = was
         self._served = engine is not None and was in SERVED
         self._remains = remains
         self._holds_nothing = False         # no process, port or turn, and no request on its connections
-        self._waits_for_device = False
+        self._waits = False
         self._avoid: set[int] = set()       # ports that it could not use
         self._saved: Record | None = None
         self._save_at = self._housekeeping_at = self._measure_at = 0.0
@@ -66,6 +69,7 @@ class Keeper:
         self._health: probe.Probe | None = None
         self._watchdog: Watchdog | None = None
         self._talk: Talk | None = None
+        self._woken_at = 0.0
         self._follow_start(registry.clock(), ADOPTED_READY_S if self._served else instance.spec.start_timeout_s)
 
     def tick(self, now: float) -> float | bool:
@@ -77,7 +81,7 @@ class Keeper:
             State.SLEEPING: self._rest, State.WAKING: self._wake_up, State.BACKOFF: self._back_off,
             State.STOPPING: self._stop}
         state = self._instance.state
-        self._waits_for_device = False
+        self._waits = False
         if state in steps:
             steps[state](now)
         else:   # failed, or failed and already deleted: its cause stays listed, but the next daemon need not know it
@@ -87,7 +91,9 @@ class Keeper:
         if self._instance.state is State.STOPPED:
             return False
         self._save(now)
-        return DEVICE_STEP_S if self._waits_for_device else STEP_S.get(self._instance.state, 0.0)
+        if self._waits:
+            return SEEK_STEP_S if self._instance.grant is None else WAIT_STEP_S
+        return STEP_S.get(self._instance.state, 0.0)
 
     def _save(self, now: float) -> None:
         """Make the record on disk say what is.  If it cannot be written, what serves goes on serving."""
@@ -130,29 +136,26 @@ class Keeper:
             return
         self._holds_nothing = False
         try:
-            self._engine = self._run_engine(now)
+            if not self._tenancy.enter(now):
+                self._waits = True
+                return
+            self._engine = self._run_engine()
         except (DaemonError, OSError) as error:
             self._fail(_problem_of_launch(self._instance.spec.model, error))
-            return
-        self._waits_for_device = self._engine is None
-        if self._engine is None:
-            self._registry.note_phase(self._instance, "waiting_for_device")
             return
         self._served = False
         self._registry.note_process(self._instance, self._engine.pid)
         self._follow_start(now, self._instance.spec.start_timeout_s)
         prune_logs(Path(self._instance.log_path).parent, LOGS_KEPT, self._registry.log_paths())
 
-    def _run_engine(self, now: float) -> Engine | None:
-        """None while another instance has its turn on the devices.  Raises DaemonError and OSError."""
-        instance, resources = self._instance, self._resources
-        plan = resources.place(instance.id, instance.spec, now)
-        if plan is None:
-            return None
+    def _run_engine(self) -> Engine:
+        """Raises DaemonError and OSError."""
+        instance, resources, plan = self._instance, self._resources, self._instance.grant
+        assert plan is not None
         port = resources.reserve_port(instance.id, instance.port, self._avoid)
-        self._registry.note_place(instance, plan, port)
+        self._registry.note_port(instance, port)
         return resources.launcher.launch(LaunchSpec(
-            instance_id=instance.id, argv=resources.command_line(instance.spec, port),
+            instance_id=instance.id, argv=resources.command_line(instance.spec, port, plan.keep),
             env=resources.engine_environment(instance.spec, plan.visible), log_path=Path(instance.log_path)))
 
     def _health_answers(self) -> bool:
@@ -174,12 +177,21 @@ class Keeper:
         names = tuple(probe.model_names(answer.body)) if answer is not None else ()
         state = self._adopted_state() if self._served else State.READY
         self._engine.watch_core()
+        self._learn_start(now)
         self._served = True
-        self._measure(now)
         self._watch_ready()
-        if state is State.READY:
-            self._resources.end_turn(self._instance.id)
+        if state in (State.READY, State.SLEEPING):
+            self._tenancy.end_turn()
         self._registry.became_ready(self._instance, names, self._start_watch.facts(), state)
+
+    def _learn_start(self, now: float) -> None:
+        """Only of starts: of an engine that an earlier daemon left nobody knows when it began."""
+        held, began_at = self._measure(now), self._instance.launched_at
+        if self._served:
+            self._tenancy.recall(self._start_watch.facts(), now)
+        else:
+            seconds = None if began_at is None or self._start_watch.downloaded else now - began_at
+            self._tenancy.learn_start(held, self._start_watch.facts(), seconds, now)
 
     def _adopted_state(self) -> State:
         """What the engine of an earlier daemon is doing.
@@ -218,7 +230,8 @@ class Keeper:
         problem = self._start_watch.cause(self._engine.exit_code())
         if problem.code == "port_in_use" and self._instance.port is not None:
             self._avoid.add(self._instance.port)
-        self._fail(problem)
+        log.warning("%s (%s): %s", self._instance.id, self._instance.spec.model, problem.message)
+        self._registry.start_failed(self._instance, problem, fixed=self._instance.spec.flags.keys())
 
     # --- ready ----------------------------------------------------------------------------------------------------
 
@@ -252,11 +265,10 @@ class Keeper:
             self._measure(now)
         return True
 
-    def _measure(self, now: float) -> None:
+    def _measure(self, now: float) -> Mapping[int, int] | None:
         assert self._engine is not None
         self._measure_at = now + MEASURE_S
-        measured = self._resources.memory_bytes(self._instance.id, self._engine.pids(), now)
-        self._registry.note_memory(self._instance, measured)
+        return self._tenancy.measure(self._engine.pids(), now)
 
     def _died(self, what: str) -> None:
         tail = StartupLog()
@@ -279,14 +291,18 @@ class Keeper:
             self._save(now)     # a daemon that dies now must know that its engine was told
             assert instance.port is not None
             self._registry.note_phase(instance, "falling_asleep")
-            self._talk = Talk(sleeping.put_to_sleep(instance.port, instance.asleep_level, self._settled()), now)
+            self._tenancy.falls_asleep()
+            self._talk = Talk(sleeping.put_to_sleep(
+                instance.port, instance.asleep_level, self._tenancy.settled()), now)
         elif not self._lives(now):
             return
         if not self._talk.poll(now):
             return
         problem, self._talk = self._talk.problem, None
-        self._measure(now)
-        self._resources.end_turn(instance.id)
+        if problem is None:
+            assert self._engine is not None
+            problem = self._tenancy.fell_asleep(self._engine.pids(), now)
+        self._tenancy.end_turn()
         if problem is None:
             self._registry.fell_asleep(instance)
         else:
@@ -298,10 +314,11 @@ class Keeper:
         if self._instance.leases:
             self._registry.note_phase(self._instance, "draining")
             return True
-        if self._takes_turn(now) and self._registry.may_fall_asleep(self._instance):
+        self._waits = not self._tenancy.take_turn(now)
+        if not self._waits and self._registry.may_fall_asleep(self._instance):
             return False
         if self._instance.state is State.READY:
-            self._resources.end_turn(self._instance.id)
+            self._tenancy.end_turn()
         return True
 
     def _rest(self, now: float) -> None:
@@ -315,37 +332,34 @@ class Keeper:
         if not self._lives(now):
             return
         if self._talk is None:
-            if not self._takes_turn(now):
+            try:
+                # One that an earlier daemon told to wake has taken some of its room, or all.
+                enter = self._tenancy.take_turn if self._was is State.WAKING else self._tenancy.enter
+                self._waits = not enter(now)
+            except NoRoom as error:
+                self._registry.lose_room(instance, Problem(error.code, error.message, status=error.status))
+                return
+            if self._waits or instance.state is not State.WAKING:
                 return
             self._save(now)
+            self._was, self._woken_at = State.READY, now
             assert instance.port is not None
             self._registry.note_phase(instance, "waking")
             self._talk = Talk(sleeping.wake_up(
-                instance.port, instance.spec.names[0], instance.asleep_level, self._settled(),
+                instance.port, instance.spec.names[0], instance.asleep_level, self._tenancy.settled(),
                 self._resources.settings.probe_timeout_s), now)
         if not self._talk.poll(now):
             return
         problem, self._talk = self._talk.problem, None
         if problem is None:
             self._measure(now)
+            self._tenancy.woke(now - self._woken_at, now)
             self._watch_ready()
-            self._resources.end_turn(instance.id)
+            self._tenancy.end_turn()
             self._registry.woke(instance)
         else:
             self._registry.wake_failed(instance, Problem(
                 "wake_failed", f"{instance.spec.model} did not wake: {problem}; it is restarted"))
-
-    def _takes_turn(self, now: float) -> bool:
-        mine = self._resources.take_turn(self._instance.id, self._instance.devices, now)
-        if not mine:
-            self._registry.note_phase(self._instance, "waiting_for_device")
-            self._waits_for_device = True
-        return mine
-
-    def _settled(self) -> Callable[[], bool]:
-        """Whether the memory of its devices stands still; asked again and again."""
-        settling = Settling(self._resources.devices.read, self._instance.devices)
-        return lambda: settling.look(self._registry.clock())
 
     def _stop_watchdog(self) -> None:
         if self._watchdog is not None:
@@ -379,20 +393,27 @@ class Keeper:
 
     def _clean_up(self, error: DaemonError) -> bool:
         """End the tree and what waits on it, then free port and devices; True when no process is left."""
+        if not self._end_processes(error) and self._instance.state is State.BACKOFF:
+            return False
+        self._let_go()
+        return True
+
+    def _end_processes(self, error: DaemonError) -> bool:
         if self._health is not None:
             self._health.close()
             self._health = None
         self._stop_watchdog()
         self._stop_talk()
         self._registry.cut_leases(self._instance, error)
-        if self._engine is not None:
-            if not self._engine.destroy() and self._instance.state is State.BACKOFF:
-                return False
+        gone = self._engine is None or self._engine.destroy()
+        if gone or self._instance.state is not State.BACKOFF:
             self._engine = None
+        return gone
+
+    def _let_go(self) -> None:
         self._registry.note_ended(self._instance)
-        self._resources.give_back(self._instance.id)
+        self._tenancy.release()
         self._holds_nothing = True
-        return True
 
     # --- stopping -------------------------------------------------------------------------------------------------
 
@@ -402,10 +423,17 @@ class Keeper:
         if self._drains_patiently(now):
             return
         self._stop_watchdog()
-        if self._drains(now) or self._settles(now) or self._terminates(now):
+        if self._drains(now):
+            return
+        if self._engine is not None and self._instance.haste <= Haste.DRAIN:
+            self._tenancy.begin_to_leave(now)
+        if self._settles(now) or self._terminates(now):
             return
         instance = self._instance
-        self._clean_up(EngineStopped(f"instance {instance.id} of {instance.spec.model} was stopped"))
+        self._end_processes(EngineStopped(f"instance {instance.id} of {instance.spec.model} was stopped"))
+        if instance.haste <= Haste.DRAIN and not self._tenancy.left(now):
+            return      # a start that was promised this memory waits for it
+        self._let_go()
         self._resources.forget(instance.id)
         self._registry.drop(instance)
 
@@ -447,7 +475,7 @@ class Keeper:
             if self._drained_at is None:
                 self._drained_at = now
             if (haste <= Haste.DRAIN and now - self._drained_at < TURN_PATIENCE_S
-                    and not self._resources.take_turn(self._instance.id, self._instance.devices, now)):
+                    and not self._tenancy.take_turn(now)):
                 return True
             self._term_at = now
             engine.terminate()

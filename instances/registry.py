@@ -18,7 +18,6 @@ from typing import Any
 
 from errors import DaemonError, NotFound, ShuttingDown
 from instances.instance import ACTIVE, Candidate, Haste, Instance, InstanceSpec, InstanceView, Lease, Problem, State
-from instances.placement import Plan
 
 FAILED_KEPT = 100     # failed instances that are listed with their cause until deleted; the oldest go first
 ENDED_KEPT = 100      # ended ones of which the reason is remembered
@@ -39,6 +38,7 @@ class Registry:
         self._closing = False       # nothing starts any more and no request waits for a start
         self._detaching = False     # and the instances are left to the next daemon
         self._counters: Counter[str] = Counter()
+        self._lines: dict[str, dict[object, float]] = {}    # model name -> who waits for it, and since when
 
     # --- readers --------------------------------------------------------------------------------------------------
 
@@ -163,20 +163,14 @@ class Registry:
         with self._changed:
             instance.phase, instance.progress = phase, progress
 
-    def note_place(self, instance: Instance, plan: Plan, port: int) -> None:
+    def note_port(self, instance: Instance, port: int) -> None:
         with self._changed:
-            instance.devices, instance.memory_planned_bytes = plan.devices, plan.bytes_per_device
             instance.port = port
 
     def note_process(self, instance: Instance, pid: int) -> None:
         with self._changed:
             instance.pid, instance.phase, instance.progress = pid, "starting", 0.0
             instance.launched_at = self.clock()
-
-    def note_memory(self, instance: Instance, measured_bytes: int | None) -> None:
-        with self._changed:
-            if instance.state in ACTIVE:
-                instance.memory_measured_bytes = measured_bytes
 
     def became_ready(self, instance: Instance, names: tuple[str, ...], facts: Mapping[str, Any],
                      found: State = State.READY) -> bool:
@@ -188,11 +182,14 @@ class Registry:
             now = self.clock()
             instance.names = _names(instance.spec, names)
             instance.last_used, instance.phase, instance.progress = now, str(found), 1.0
+            instance.ready_at, instance.squeeze = now, None
             instance.engine, instance.on_demand = facts, False
             if found is State.READY:
                 instance.asleep_level = 0
             else:
                 instance.asleep_level = instance.asleep_level or instance.spec.sleep_level or DEEPEST
+            if found is State.SLEEPING:
+                self._moved_out(instance)
             self._index()
             instance.change_state(found, now, "health answered" if found is State.READY else "found so")
             return True
@@ -214,6 +211,7 @@ class Registry:
             if instance.state is State.FALLING_ASLEEP:
                 self._counters["sleeps"] += 1
                 instance.phase = "sleeping"
+                self._moved_out(instance)
                 instance.change_state(State.SLEEPING, self.clock(), instance.why)
                 if instance.waiting or instance.wake_wanted:
                     self._begin_wake(instance, "a request waits for it" if instance.waiting else "told to wake")
@@ -224,6 +222,7 @@ class Registry:
                 self._counters["wakes"] += 1
                 now = self.clock()
                 instance.asleep_level, instance.phase, instance.last_used = 0, "ready", now
+                instance.ready_at, instance.wake_wanted = now, False
                 instance.change_state(State.READY, now, f"awake: {instance.why}")
 
     def sleep_failed(self, instance: Instance, problem: Problem) -> None:
@@ -247,23 +246,7 @@ class Registry:
     def record_problem(self, instance: Instance, problem: Problem) -> None:
         """Backoff or failed, as the problem and the count of failures say; one that is being stopped goes at once."""
         with self._changed:
-            instance.last_error = problem
-            if instance.state not in ACTIVE:
-                instance.haste = max(instance.haste, Haste.TERMINATE)
-                return
-            now = self.clock()
-            if instance.state is State.SLEEPING and instance.spec.config_id is not None:
-                instance.change_state(State.STOPPING, now, problem.message)     # the next request starts it
-                return
-            if instance.state is State.WAKING:
-                self._counters["wake_fallbacks"] += 1
-            delay_s = instance.record_failure(now)
-            if problem.permanent or delay_s is None:
-                why = problem.message if problem.permanent else f"failed too often; at last: {problem.message}"
-                instance.change_state(State.FAILED, now, why)
-            else:
-                instance.retry_at = now + delay_s
-                instance.change_state(State.BACKOFF, now, f"next start in {delay_s:g} s: {problem.message}")
+            self._record_problem(instance, problem)
 
     def restart_if_due(self, instance: Instance) -> bool:
         with self._changed:
@@ -272,14 +255,15 @@ class Registry:
             if due:
                 instance.restarts += 1
                 self._counters["restarts"] += 1
-                instance.retry_at, instance.asleep_level = None, 0
+                instance.retry_at, instance.asleep_level, instance.wanted_at = None, 0, now
                 instance.change_state(State.STARTING, now, "restart")
             return due
 
     def note_ended(self, instance: Instance) -> None:
         """Its processes are gone."""
         with self._changed:
-            instance.pid, instance.devices, instance.memory_measured_bytes = None, (), None
+            instance.pid, instance.devices, instance.held_on = None, (), None
+            self._moved_out(instance)
             instance.phase, instance.progress, instance.launched_at = "", None, None
 
     def drop(self, instance: Instance) -> None:
@@ -323,7 +307,44 @@ class Registry:
     def _begin_wake(self, instance: Instance, why: str) -> None:
         """Nothing when it does not sleep."""
         if instance.state is State.SLEEPING:
+            instance.wanted_at, instance.no_hope_since = self.clock(), None
             instance.change_state(State.WAKING, self.clock(), why)
+
+    def _record_problem(self, instance: Instance, problem: Problem) -> None:
+        instance.last_error = problem
+        if instance.state not in ACTIVE:
+            instance.haste = max(instance.haste, Haste.TERMINATE)
+            return
+        now = self.clock()
+        if instance.state is State.SLEEPING and instance.spec.config_id is not None:
+            instance.change_state(State.STOPPING, now, problem.message)     # the next request starts it
+            return
+        if instance.state is State.WAKING:
+            self._counters["wake_fallbacks"] += 1
+        delay_s = instance.record_failure(now)
+        if problem.permanent or delay_s is None:
+            why = problem.message if problem.permanent else f"failed too often; at last: {problem.message}"
+            self._fail(instance, problem, why)
+        else:
+            instance.retry_at = now + delay_s
+            instance.change_state(State.BACKOFF, now, f"next start in {delay_s:g} s: {problem.message}")
+
+    def _fail(self, instance: Instance, problem: Problem, why: str) -> None:
+        self._counters["failures"] += 1
+        instance.last_error, instance.squeeze = problem, None
+        instance.change_state(State.FAILED, self.clock(), why)
+
+    def _moved_out(self, instance: Instance) -> None:
+        """It holds its room no longer."""
+        instance.grant = None
+
+    def _queued(self, instance: Instance) -> int:
+        """How many requests wait in the queues of its names."""
+        return sum(len(self._lines[name]) for name in instance.names if name in self._lines)
+
+    def _wanted(self, instance: Instance) -> bool:
+        """Whether a request is in it or waits for it."""
+        return bool(instance.leases or instance.waiting or self._queued(instance))
 
     def _restart_now(self, instance: Instance, problem: Problem) -> None:
         now = self.clock()
@@ -337,12 +358,17 @@ class Registry:
         self._changed.notify_all()
 
     def _on_change(self, instance: Instance, old: State) -> None:
+        self._stir(instance)
         self._changed.notify_all()
+
+    def _stir(self, instance: Instance) -> None:
+        """Its keeper has something to do now."""
 
     def _drop(self, instance: Instance, why: str) -> None:
         if instance.state is not State.STOPPED:
             instance.change_state(State.STOPPED, self.clock(), why)
         if self._instances.pop(instance.id, None) is not None:
+            self._moved_out(instance)
             self._ended.append((instance.id, why))
             self._index()
         self._changed.notify_all()
@@ -392,7 +418,9 @@ class Registry:
             self._nudge(lease.instance_id)
 
     def _nudge(self, instance_id: str) -> None:
-        """Its keeper has something to do now."""
+        with self._changed:
+            if (instance := self._instances.get(instance_id)) is not None:
+                self._stir(instance)
 
 
 def _names(spec: InstanceSpec, served: tuple[str, ...]) -> tuple[str, ...]:

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gpu
 from config import Settings, child_environment, to_argv
-from errors import NoFreePort, NoRoom
-from instances import placement
-from instances.instance import InstanceSpec, InstanceView
+from errors import NoFreePort
+from instances import history, model_files, placement
+from instances.footprint import Footprint, estimate
+from instances.history import Entry, History
+from instances.instance import Instance, InstanceSpec, InstanceView, State
 from instances.launcher import EngineRecord, Launcher
+from instances.ledger import Limits
+from instances.placement import Need
 from instances.ports import Ports
 from instances.store import Record, StateDir
 from instances.turns import Turns
@@ -23,6 +27,7 @@ from instances.turns import Turns
 log = logging.getLogger("vllm_server.instances")
 
 LOGS_KEPT = 50
+GIB = 1 << 30
 
 
 class Resources:
@@ -35,7 +40,9 @@ class Resources:
         self.devices = devices
         self.ports = Ports(settings.base_port)
         self.turns = Turns()
+        self.history = History(state_dir.path / "history.json")
         self._gpus: frozenset[int] | None = None    # as last read: a stop that waits for its turn asks often
+        self._first: gpu.Device | None = None
         self._environ = environ
         self.use(settings)
 
@@ -51,23 +58,59 @@ class Resources:
 
     # --- a start --------------------------------------------------------------------------------------------------
 
-    def place(self, instance_id: str, spec: InstanceSpec, now: float) -> placement.Plan | None:
-        """Choose devices and take their turns.  Raises NoRoom.
-
-        None: there may be room when another instance, which starts or stops on a GPU now, is done.
-        """
-        busy = self.turns.of_others(instance_id)
-        devices = [replace(device, free_bytes=0) if device.index in busy else device for device in self._read(now)]
+    def need(self, instance: Instance, now: float, state: State) -> Need:
+        """What it needs of the devices to start, or to wake.  Looks at the model's files."""
+        spec = instance.spec
+        if state is State.WAKING:      # it wakes where it sleeps
+            return Need(spec.names[0], Footprint(instance.memory_planned_bytes, "measured"),
+                        count=len(instance.devices), ids=instance.devices, id=instance.id, prefer=instance.devices)
         try:
-            plan = placement.plan_alone(spec.model, spec.flags, devices)
-        except NoRoom as error:
-            if busy and error.code == NoRoom.code:
-                return None
-            raise
-        if not self.take_turn(instance_id, plan.devices, now):
-            return None
-        log.info("%s (%s): devices %s (%s)", instance_id, spec.model, list(plan.devices), plan.because)
-        return plan
+            count = placement.devices_needed(spec.flags)
+        except ValueError:
+            count = 0
+        return Need(spec.names[0], self.footprint(spec, now), count=count, id=instance.id,
+                    ids=spec.gpus if isinstance(spec.gpus, tuple) else None)
+
+    def footprint(self, spec: InstanceSpec, now: float) -> Footprint:
+        """Looks at the model's files."""
+        kind = "cuda" if self._device(now).kind == "cuda" else "host"
+        entry = self.history.get(self.key(spec, now))
+        return estimate(
+            spec.flags, memory_bytes=spec.memory_bytes, param_count=spec.param_count, precision=spec.precision,
+            measured=entry.measured if entry is not None else None, kind=kind,
+            facts=model_files.look_up(spec.model, self.environment, download_dir=spec.flags.get("download_dir"),
+                                      revision=spec.flags.get("revision")),
+            utilization=self.settings.memory_utilization, env={**self.environment, **spec.env})
+
+    def key(self, spec: InstanceSpec, now: float) -> str:
+        """The name of this configuration in the history."""
+        return history.key(spec.model, spec.flags, device=self._device(now).name, env=spec.env)
+
+    def limits(self, now: float) -> Limits:
+        settings = self.settings
+        return Limits(
+            reserved_bytes=settings.reserved_memory_bytes, gpu_ids=settings.gpu_ids,
+            sleep_host_bytes=self.sleep_host_bytes(),
+            host_budget_bytes=settings.host_memory_budget_bytes, in_turn=self.turns.of_others(""))
+
+    def sleep_host_bytes(self) -> int:
+        """What sleepers may have of the host's RAM together."""
+        chosen = self.settings.sleep_host_memory_bytes
+        return gpu.host_totals()[0] // 2 if chosen is None else chosen
+
+    def read(self, now: float) -> gpu.Reading:
+        """All devices.  Blocks as long as the driver does."""
+        reading = self.devices.read(now)
+        self._gpus = frozenset(device.index for device in reading.devices if device.kind == "cuda")
+        self._first = reading.devices[0] if reading.devices else None
+        return reading
+
+    def _device(self, now: float) -> gpu.Device:
+        """One of the devices, for its kind: machines have GPUs of one kind, with few exceptions."""
+        if self._first is None:
+            self.read(now)
+        assert self._first is not None
+        return self._first
 
     def take_turn(self, instance_id: str, devices: Collection[int], now: float) -> bool:
         """False: another instance starts or stops on one of these GPUs.
@@ -75,13 +118,8 @@ class Resources:
         It is held until `end_turn` or `give_back`.  There is nothing to take turns for in the host's memory.
         """
         if self._gpus is None:
-            self._read(now)
+            self.read(now)
         return self.turns.take(instance_id, [index for index in self._gpus or () if index in devices])
-
-    def _read(self, now: float) -> tuple[gpu.Device, ...]:
-        devices = self.devices.read(now).devices
-        self._gpus = frozenset(device.index for device in devices if device.kind == "cuda")
-        return devices
 
     def end_turn(self, instance_id: str) -> None:
         self.turns.give_back(instance_id)
@@ -93,9 +131,11 @@ class Resources:
             raise NoFreePort(f"no free port from {self.settings.base_port} upward (VLLM_BASE_PORT)")
         return port
 
-    def command_line(self, spec: InstanceSpec, port: int) -> list[str]:
-        """The token is not in it: every user of the machine may read a command line."""
-        flags = {name: value for name, value in spec.flags.items() if name != "hf_token" or value is True}
+    def command_line(self, spec: InstanceSpec, port: int, keep: Mapping[str, Any]) -> list[str]:
+        """`keep` are the flags that make it keep to its room.  The token is not in it: every user of the machine may
+        read a command line."""
+        flags = {name: value for name, value in {**spec.flags, **keep}.items()
+                 if name != "hf_token" or value is True}
         if spec.sleep_level and self.on_gpus:     # vLLM for CPUs refuses it, and pauses all the same when told to sleep
             flags["enable_sleep_mode"] = True
         return [*self.settings.command, "serve", spec.model, "--host", "127.0.0.1", "--port", str(port),
@@ -116,19 +156,60 @@ class Resources:
         self.ports.release(instance_id)
         self.turns.give_back(instance_id)
 
+    # --- what it learns -------------------------------------------------------------------------------------------
+
+    def known(self, spec: InstanceSpec, now: float) -> Entry | None:
+        """What earlier runs of the same configuration tell."""
+        return self.history.get(self.key(spec, now))
+
+    def learn_start(self, instance: Instance, held_on: Mapping[int, int] | None, facts: Mapping[str, Any],
+                    keep: Mapping[str, Any], seconds: float | None, now: float) -> None:
+        """It is ready.  `seconds` None: it had to download, or an earlier daemon began it.  Writes the disk."""
+        name, model = self.key(instance.spec, now), instance.spec.model
+        if seconds is not None:
+            self.history.note_start(name, model, seconds)
+        cache = facts.get("kv_cache_gib")
+        told = [value for key in ("consumed_gib", "peak_activation_gib", "graph_gib")
+                if isinstance(value := (facts.get("actual_usage") or {}).get(key), float)]
+        logged = int((sum(told) + cache) * GIB) if told and isinstance(cache, float) else 0
+        measured = max(logged, *(held_on or {}).values(), 0)
+        self.history.note_ready(
+            name, model, measured or None, kv_cache_bytes=int(cache * GIB) if isinstance(cache, float) else None,
+            filled="kv_cache_memory_bytes" not in {**instance.spec.flags, **keep})
+        self.history.save()
+
+    def learn_sleep(self, instance: Instance, held_on: Mapping[int, int] | None, host_bytes: int, now: float) -> None:
+        if held_on is not None:
+            self.history.note_sleep(self.key(instance.spec, now), instance.spec.model, max(held_on.values(), default=0),
+                                    host_bytes)
+            self.history.save()
+
+    def learn_wake(self, instance: Instance, seconds: float, now: float) -> None:
+        self.history.note_wake(self.key(instance.spec, now), instance.spec.model, seconds)
+        self.history.save()
+
+    def learn_memory(self, instance: Instance, held_on: Mapping[int, int], now: float) -> None:
+        if held_on:
+            self.history.note_memory(self.key(instance.spec, now), instance.spec.model, max(held_on.values()))
+
     # --- while it runs --------------------------------------------------------------------------------------------
 
-    def memory_bytes(self, instance_id: str, pids: Collection[int], now: float) -> int | None:
-        """What these processes hold now, on GPUs or in the host's memory; None where the driver does not tell."""
-        reading = self.devices.read(now)
-        if any(device.kind == "cuda" for device in reading.devices):
-            found = gpu.memory_by_group(reading, {instance_id: pids}).get(instance_id)
-            return None if found is None else sum(found.values())
-        return gpu.host_memory(pids)
+    def held_on(self, instance_id: str, pids: Collection[int], now: float) -> dict[int, int] | None:
+        """What these processes hold now, by device; None where the driver does not tell."""
+        reading = self.read(now)
+        if self.on_gpus:
+            return gpu.memory_by_group(reading, {instance_id: pids}).get(instance_id)
+        return {device.index: gpu.host_memory(pids) for device in reading.devices}
+
+    def used_on(self, devices: Collection[int], now: float) -> dict[int, int]:
+        """What anybody uses of these GPUs; nothing is told of the host's memory, which never stands still."""
+        return {device.index: device.used_bytes for device in self.read(now).devices
+                if device.index in devices and device.kind == "cuda" and not device.error}
 
     def record(self, view: InstanceView, engine: EngineRecord | None) -> Record:
         return Record(id=view.id, spec=view.spec, state=view.state, created_at=view.created_at, port=view.port,
-                      devices=view.devices, restarts=view.restarts, engine=engine, asleep_level=view.asleep_level)
+                      devices=view.devices, restarts=view.restarts, engine=engine, asleep_level=view.asleep_level,
+                      memory_planned_bytes=view.memory_planned_bytes, because=view.because)
 
     def forget(self, instance_id: str) -> None:
         """Remove its record: nothing of it is left to find again."""

@@ -31,6 +31,10 @@ class StartWatch:
     def progress(self) -> float | None:
         return self._log.progress
 
+    @property
+    def downloaded(self) -> bool:
+        return self._download.downloaded_bytes > 0
+
     def look(self, now: float, log_bytes: int) -> None:
         """Read on; the log is kept within `log_bytes`."""
         self._log.feed(self.reader.read())

@@ -52,6 +52,8 @@ class Record:
     restarts: int
     engine: EngineRecord | None
     asleep_level: int = 0
+    memory_planned_bytes: int | None = None     # of each device
+    because: str = ""
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,8 @@ def _record(data: Mapping[str, Any]) -> Record:
         id=_text(data["id"], _ID), state=State(data["state"]), created_at=float(data["created_at"]),
         port=None if data["port"] is None else _whole(data["port"]), devices=tuple(map(_whole, data["devices"])),
         restarts=_whole(data["restarts"]),
-        asleep_level=_whole(data.get("asleep_level", 0)), spec=_spec(spec),
+        asleep_level=_whole(data.get("asleep_level", 0)), because=_text(data.get("because", "")), spec=_spec(spec),
+        memory_planned_bytes=_optional(_whole, data.get("memory_planned_bytes")),
         engine=None if engine is None else EngineRecord(
             pid=_pid(engine["pid"]), started_ticks=_whole(engine["started_ticks"]),
             boot_id=_text(engine["boot_id"]), run_dir=_text(engine["run_dir"]),

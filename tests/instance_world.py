@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,32 @@ def cuda(index: int, free_gib: float = 80) -> gpu.Device:
 
 @dataclass
 class FakeDevices:
+    """What `devices` says is used is used by strangers; what the world's engines hold of GPUs comes on top."""
+
+    world: World
     devices: tuple[gpu.Device, ...] = (HOST,)
+    tells: bool = True          # which process holds what
+    lag_s: float = 0.0          # what ended processes held is free so much later
     reads: int = 0
     closed: bool = False
 
     def read(self, now: float) -> gpu.Reading:
         self.reads += 1
-        return gpu.Reading(now, self.devices)
+        return gpu.Reading(now, tuple(map(self._with_engines, self.devices)))
+
+    def _with_engines(self, device: gpu.Device) -> gpu.Device:
+        if device.kind != "cuda" or device.error is not None:
+            return device
+        held = {one.pid: one.held_on(device) for one in self.world.engines}
+        ours = sum(held.values())
+        processes = tuple(gpu.DeviceProcess(pid, count) for pid, count in held.items() if count and self.tells)
+        return replace(device, used_bytes=device.used_bytes + ours, free_bytes=max(0, device.free_bytes - ours),
+                       processes=(*device.processes, *processes))
+
+    def assert_not_over(self) -> None:
+        for device in self.devices:
+            ours = sum(one.held_on(device) for one in self.world.engines if not one.immortal)
+            assert device.used_bytes + ours <= device.total_bytes, f"GPU {device.index} is over its memory"
 
     def close(self) -> None:
         self.closed = True
@@ -74,6 +94,22 @@ class FakeEngine:
     wake_status: int | None = 200
     stays_asleep: bool = False          # though it says that it woke
 
+    ended_at: float | None = None
+
+    def held_on(self, device: gpu.Device) -> int:
+        """What it has of this GPU: the share that it was told, and little of that while it sleeps."""
+        lag_s = self.world.devices.lag_s
+        visible = self.spec.env.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        if device.kind != "cuda" or device.uuid not in visible or not (
+                self.alive or (self.ended_at is not None and self.world.now < self.ended_at + lag_s)):
+            return 0
+        share = self.flag("--gpu-memory-utilization", "0.92")
+        return GIB if self.asleep else math.ceil(device.total_bytes * float(share))
+
+    def flag(self, name: str, default: str = "") -> str:
+        argv = self.spec.argv
+        return argv[argv.index(name) + 1] if name in argv else default
+
     @property
     def record(self) -> EngineRecord:
         return EngineRecord(pid=self.pid, started_ticks=1, boot_id="boot", run_dir="/nowhere")
@@ -100,16 +136,22 @@ class FakeEngine:
     def terminate(self) -> None:
         self.world.note(self, "TERM")
         self.world.check_not_serving(self)
-        self.alive = self.alive and self.deaf
+        self._ends(self.alive and self.deaf)
 
     def destroy(self) -> bool:
         self.world.note(self, "KILL")
         self.world.check_not_serving(self)
-        self.alive = self.immortal
+        self._ends(self.immortal)
         return not self.immortal
 
+    def _ends(self, alive: bool) -> None:
+        if self.alive and not alive:
+            self.ended_at = self.world.now
+        self.alive = alive
+
     def dies(self, code: int = 1, says: str = "") -> None:
-        self.alive, self.code = False, code
+        self._ends(False)
+        self.code = code
         with open(self.spec.log_path, "a") as file:
             file.write(says)
 
@@ -182,8 +224,10 @@ class FakeLauncher:
         others = [one for one in self.world.engines if one.alive and not one.immortal]
         assert port not in [one.port for one in others], "two engines on one port"
         engine = FakeEngine(spec, self.world, pid=1000 + len(self.world.engines), port=port)
+        self.world.check_turns(engine)
         self.world.engines.append(engine)
         self.world.note(engine, "launched")
+        self.world.devices.assert_not_over()
         return engine
 
     def find(self, instance_id: str, record: EngineRecord, log_path: Path) -> FakeEngine | None:
@@ -200,14 +244,16 @@ class World:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch,
                  models: Mapping[str, Mapping[str, object]] | None = None, **settings: object) -> None:
         self.now = 1000.0
+        self.load_s = 0.0           # what `served` lets a start take
         self.events: list[str] = []
         self.engines: list[FakeEngine] = []
         self.loops: list[Loop] = []
         self.stopped_while_serving = False
-        self.devices = FakeDevices()
+        self.devices = FakeDevices(self)
         self.launcher = FakeLauncher(self)
         self.folder = folder
-        self.overrides = {"VLLM_BASE_PORT": str(BASE_PORT), "PROBE_INTERVAL": "0", **settings}
+        self.overrides = {"VLLM_BASE_PORT": str(BASE_PORT), "PROBE_INTERVAL": "0",
+                          "SLEEP_HOST_MEMORY_MB": "1000000", **settings}
         self.write_models(models or {})
         self.state_dir = StateDir(folder / "state")
         self.probe: type[FakeProbe] = type("WorldProbe", (FakeProbe,), {"world": self, "open": set()})
@@ -292,6 +338,8 @@ class World:
                 self.step(0.1)
             view = self.view(view)
             if view.state is State.STARTING and view.pid is not None:
+                with self.waiting(name):
+                    self.step(self.load_s)
                 self.engine(view).health = 200
             if view.state is State.READY:
                 self.manager.lease(view.id).release(ok=True)
@@ -336,6 +384,14 @@ class World:
         instance = self.manager._instances.get(engine.spec.instance_id)
         if instance is not None and any(lease.cut_error is None for lease in instance.leases):
             self.stopped_while_serving = True
+
+    def check_turns(self, engine: FakeEngine) -> None:
+        """No two engines start on one GPU at a time."""
+        mine = set(filter(None, engine.spec.env.get("CUDA_VISIBLE_DEVICES", "").split(",")))
+        for other in self.engines:
+            instance = self.manager._instances.get(other.spec.instance_id)
+            if other.alive and not other.immortal and instance is not None and instance.state is State.STARTING:
+                assert mine.isdisjoint(other.spec.env.get("CUDA_VISIBLE_DEVICES", "").split(",")), "two starts at once"
 
     def assert_nothing_left(self) -> None:
         assert not any(one.alive for one in self.engines)

@@ -615,9 +615,9 @@ def test_an_unreadable_record_is_set_aside_and_its_engine_ended(world: World) ->
 
 def test_an_adopted_start_has_its_turn_on_its_gpu(world: World) -> None:
     world.devices.devices = (cuda(0),)
-    first, _ = world.loading("org/a", params={"gpu_memory_utilization": 0.5})
+    first, _ = world.loading("org/a", params={"gpu_memory_utilization": 0.4})
     restart(world)
-    second = world.create("org/b", params={"gpu_memory_utilization": 0.5})
+    second = world.create("org/b", params={"gpu_memory_utilization": 0.4})
     world.step(times=3)
     assert world.view(second).phase == "waiting_for_device"
     world.engine(first).health = 200

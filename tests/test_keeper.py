@@ -15,6 +15,7 @@ from errors import ManagerError
 from instances import downloads
 from instances.instance import State
 from instances.launcher import LaunchError, LaunchRefused
+from instances.rooms import HOPELESS_S
 from instances.sockets import Listener
 from tests.instance_world import BASE_PORT, GIB, HOST, World, cuda, cut_of
 
@@ -126,8 +127,8 @@ def test_the_deadline_stands_still_while_a_download_grows(world: World, monkeypa
 
 @pytest.mark.parametrize("line, code, state", [
     ("vllm: error: unrecognized arguments: --nonsense", "bad_flag", State.FAILED),
-    ("ValueError: Free memory on device cuda:0 (1.0/80.0 GiB) on startup is less than desired GPU memory utilization "
-     "(0.9, 72.0 GiB).", "gpu_memory_in_use", State.BACKOFF),
+    ("Error in memory profiling. Initial free memory 10.0 GiB, current free memory 20.0 GiB",
+     "memory_profiling_failed", State.BACKOFF),
     ("something that nobody has seen before", "exited", State.BACKOFF)])
 def test_a_start_that_dies_is_explained_by_its_log(world: World, line: str, code: str, state: State) -> None:
     view, engine = world.loading()
@@ -137,7 +138,7 @@ def test_a_start_that_dies_is_explained_by_its_log(world: World, line: str, code
     assert found.last_error is not None
     assert (found.last_error.code, found.state) == (code, state)
     world.step(0.1, times=2)
-    assert world.events_of(view) == ["launched", "KILL"]    # orphans of it are ended
+    assert world.events_of(view)[:2] == ["launched", "KILL"]    # orphans of it are ended
 
 
 def test_the_last_words_are_read_however_long_the_log_is(world: World) -> None:
@@ -276,23 +277,20 @@ def test_starts_on_different_gpus_go_at_the_same_time(world: World) -> None:
     for name in "abc":
         world.create(f"org/{name}")
     world.step()
-    assert [one.spec.env["CUDA_VISIBLE_DEVICES"] for one in world.engines] == ["GPU-0", "GPU-1"]
-    world.devices.devices = (cuda(0, 70), cuda(1, 79), cuda(2, 5))
-    world.engines[1].health = 200
-    world.step(times=2)
-    assert [one.spec.env["CUDA_VISIBLE_DEVICES"] for one in world.engines] == ["GPU-0", "GPU-1", "GPU-1"]
+    assert [one.spec.env["CUDA_VISIBLE_DEVICES"] for one in world.engines] == ["GPU-1", "GPU-0"]   # the tightest fit
 
 
-def test_who_waits_for_a_device_asks_for_all_of_them_less_often(world: World) -> None:
+def test_who_waits_for_its_turn_reads_no_device(world: World) -> None:
     world.devices.devices = (cuda(0),)
     first, _ = world.ready("org/a", params={"gpu_memory_utilization": 0.4})
     world.loading("org/b", params={"gpu_memory_utilization": 0.4})
     world.create("org/c", params={"gpu_memory_utilization": 0.4})
-    assert [loop.tick(world.now) for loop in world.loops] == [0.25, 0.1, 0.5]
+    world.step()
     world.manager.stop(first.id)
     world.step()
     reads = world.devices.reads
-    world.loops[0].tick(world.now)      # waits for its turn to end
+    for loop in (world.loops[0], world.loops[2]):       # to end, and to start
+        loop.tick(world.now)
     assert world.devices.reads == reads
 
 
@@ -302,7 +300,7 @@ def test_all_gpus_busy_is_no_machine_without_gpus(world: World) -> None:
     view = world.create("org/b")
     other = world.create("org/c", params={"tensor_parallel_size": 3})
     world.step(times=2)
-    assert world.view(view).phase == "waiting_for_device" and len(world.engines) == 1
+    assert world.view(view).phase == "waiting_for_room" and len(world.engines) == 1
     assert world.view(other).state is State.FAILED      # however long it waited
 
 
@@ -318,6 +316,8 @@ def test_a_turn_comes_back_however_a_start_ends(world: World, how: str) -> None:
     elif how == "is deleted":
         world.manager.stop(first.id)
     world.step(0.1, times=2)
+    if how == "no room":
+        world.step(HOPELESS_S)
     assert world.manager.resources.turns._holders == {}
     world.devices.devices, world.launcher.broken = (cuda(0),), None
     second = world.create("org/b")
@@ -341,7 +341,9 @@ def test_no_room_is_tried_again_and_too_few_gpus_are_not(world: World) -> None:
     world.devices.devices = (cuda(0, 10),)
     view, other = world.create("org/a"), world.create("org/b", params={"tensor_parallel_size": 2})
     world.step(0.1, times=3)
-    assert (world.view(view).state, world.view(other).state) == (State.BACKOFF, State.FAILED)
+    assert (world.view(view).state, world.view(other).state) == (State.STARTING, State.FAILED)
+    world.step(HOPELESS_S)      # a driver may free late what another process had
+    assert world.view(view).state is State.BACKOFF
     problem = world.view(other).last_error
     assert problem is not None and problem.code == "not_enough_gpus"
     world.devices.devices = (cuda(0),)

@@ -10,7 +10,7 @@ import pytest
 from errors import Conflict, NotFound, NotReady
 from instances.instance import InstanceView, State
 from instances.sleeping import MOVE_LIMIT_S
-from tests.instance_world import HOST, FakeEngine, World, cuda
+from tests.instance_world import GIB, HOST, FakeEngine, World, cuda
 
 TOLD = "/sleep?level=1&mode=wait"
 
@@ -161,19 +161,42 @@ def test_one_that_only_says_so_does_not_sleep(world: World) -> None:
 
 
 @pytest.mark.parametrize("level", [1, 2])
-def test_the_memory_settles_before_it_counts_as_asleep(world: World, level: int) -> None:
-    world.devices.devices = (cuda(0, free_gib=80),)
+def test_the_memory_settles_before_it_counts_as_asleep(world: World, level: int,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    world.devices.devices = (cuda(0),)
+    held = [70]
+    monkeypatch.setattr(FakeEngine, "held_on", lambda engine, device: held[0] * GIB)
     view, _ = sleepy(world, level)
-    world.devices.devices = (cuda(0, free_gib=10),)
     world.manager.sleep(view.id)
     world.step(times=2)
-    for free in (30, 50, 70):
-        world.devices.devices = (cuda(0, free_gib=free),)
+    for held[0] in (50, 30, 10):
         world.step(0.1)
         assert world.view(view).state is State.FALLING_ASLEEP
     world.step(0.1, times=2)
-    assert world.view(view).state is State.SLEEPING
+    found = world.view(view)
+    assert (found.state, found.memory_measured_bytes) == (State.SLEEPING, 10 * GIB)
     assert world.manager.resources.turns._holders == {}
+
+
+@pytest.mark.parametrize("measures", ["meanwhile", "before"])
+def test_one_whose_memory_does_not_come_free_does_not_sleep(world: World, monkeypatch: pytest.MonkeyPatch,
+                                                            measures: str) -> None:
+    world.devices.devices = (cuda(0),)
+    monkeypatch.setattr(FakeEngine, "held_on", lambda engine, device: 70 * GIB)
+    view, _ = sleepy(world)
+    world.manager.sleep(view.id)
+    world.step(31.0 if measures == "meanwhile" else 0.1, times=3)
+    found = world.view(view)
+    assert found.state is State.STOPPING and found.last_error is not None
+    assert "freed 0.0 of 70.0 GiB" in found.last_error.message
+
+
+def test_what_is_measured_on_the_way_is_not_what_it_held_awake(world: World) -> None:
+    world.devices.devices = (cuda(0),)
+    view, _ = sleepy(world)
+    world.manager.sleep(view.id)
+    world.step(31.0, times=4)
+    assert world.view(view).state is State.SLEEPING
 
 
 # --- asleep -------------------------------------------------------------------------------------------------------

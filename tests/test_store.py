@@ -41,7 +41,7 @@ def path_of(state: StateDir, instance_id: str = RECORD.id) -> Path:
 
 @pytest.mark.parametrize("record", [
     RECORD, replace(RECORD, engine=None, port=None, devices=(), state=State.BACKOFF),
-    replace(RECORD, state=State.SLEEPING, asleep_level=2, spec=replace(
+    replace(RECORD, state=State.SLEEPING, asleep_level=2, memory_planned_bytes=7, because="so", spec=replace(
         RECORD.spec, sleep_level=1, stop_after_s=9.5, env={"A": "b"}, gpus=(0, 3), memory_bytes=1 << 40,
         param_count=0.5, precision="fp16", priority=-3, pinned=True, config_id="chat", hf_token="hf_x")),
     replace(RECORD, spec=replace(RECORD.spec, gpus=2)),
