@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import orjson
-import urllib3
 from flask import Blueprint, Request, Response, current_app, jsonify, request
 from werkzeug.exceptions import ClientDisconnected
 
@@ -34,12 +33,12 @@ from errors import (
 from instance_manager import InstanceManager
 from instances.instance import ACTIVE, Candidate, Lease, State
 from routing import commented, limits, paths, requested_model
+from routing.answer import Answer
 from routing.client_watch import ClientWatch, Watched
 from routing.relay import RelayStream, TakenOver, may_be_taken_over, take_over
 from routing.relay_process import Relays
 from routing.tunnel import handshake, open_tunnel, wants_upgrade
 from routing.upstream import (
-    BODYLESS,
     ClientLeft,
     ConnectionRefused,
     Exchange,
@@ -243,7 +242,7 @@ class Router:
         plain = outgoing._replace(headers={name: value for name, value in outgoing.headers.items()
                                            if name.lower() != "accept-encoding"} | {"Accept-Encoding": "identity"})
 
-        def open_stream(lease: Lease) -> tuple[urllib3.HTTPResponse, RelayStream]:
+        def open_stream(lease: Lease) -> tuple[Answer, RelayStream]:
             exchange, upstream = self._send(plain, lease, watched)
             return upstream, RelayStream(upstream, exchange, lease, watched, _first_piece(with_id, lease))
 
@@ -279,14 +278,14 @@ class Router:
         if self._relayed(outgoing, upstream, exchange, lease, watched, on_first):
             return Response(TakenOver(lease), direct_passthrough=True)
         stream = RelayStream(upstream, exchange, lease, watched, on_first)
-        response = EngineResponse(stream, status=upstream.status, headers=response_headers(upstream),
+        response = EngineResponse(stream, status=upstream.head.status, headers=response_headers(upstream),
                                   direct_passthrough=True)
-        if outgoing.method == "HEAD" or upstream.status in BODYLESS:
+        if upstream.is_bodyless:
             response.response = []
             stream.end_without_body()
         return response
 
-    def _send(self, outgoing: Outgoing, lease: Lease, watched: Watched) -> tuple[Exchange, urllib3.HTTPResponse]:
+    def _send(self, outgoing: Outgoing, lease: Lease, watched: Watched) -> tuple[Exchange, Answer]:
         """Send and read the head.  Releases the lease if that fails."""
         exchange = Exchange()
         try:
@@ -303,7 +302,7 @@ class Router:
             finally:
                 lease.release()
 
-    def _relayed(self, outgoing: Outgoing, upstream: urllib3.HTTPResponse, exchange: Exchange, lease: Lease,
+    def _relayed(self, outgoing: Outgoing, upstream: Answer, exchange: Exchange, lease: Lease,
                  watched: Watched, on_first: Callable[[bytes], None] | None) -> bool:
         """Whether a relay process has taken the stream over.  Releases what is held if that fails."""
         if self.relays is None or not outgoing.relayed:
@@ -314,7 +313,7 @@ class Router:
             if take_over(self.relays, outgoing.client, upstream, exchange, lease, watched, on_first):
                 return True
         except BaseException:
-            upstream.close()
+            upstream.close(complete=False)
             lease.release()
             raise
         lease.on_cut(exchange.abort)

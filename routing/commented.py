@@ -12,12 +12,12 @@ import logging
 from collections.abc import Callable, Iterator
 
 import orjson
-import urllib3
 
 from errors import DaemonError, UpstreamError
 from instances.instance import Lease
+from routing.answer import Answer
 from routing.client_watch import Watched
-from routing.relay import SSE, RelayStream
+from routing.relay import RelayStream
 from routing.upstream import ClientLeft, ConnectionRefused
 from routing.waiting import Waiter
 
@@ -37,7 +37,7 @@ STREAMING = frozenset({
 _TYPED = frozenset({"/v1/messages", "/v1/responses"})
 """Their events have a type, and their clients look for one that is called error."""
 
-Open = Callable[[Lease], tuple[urllib3.HTTPResponse, RelayStream]]
+Open = Callable[[Lease], tuple[Answer, RelayStream]]
 
 
 class CommentedStream:
@@ -84,7 +84,7 @@ class CommentedStream:
                 self._waiter.pause()
                 continue
             self._waiter.close()
-            if response.status == 200 and response.headers.get("content-type", "").startswith(SSE):
+            if response.head.status == 200 and response.is_event_stream:
                 yield from self._stream
             else:
                 yield self._last_event(_told_by_engine(response, self._stream))
@@ -106,7 +106,7 @@ class CommentedStream:
         return event + b"data: " + orjson.dumps(envelope) + b"\n\ndata: [DONE]\n\n"
 
 
-def _told_by_engine(response: urllib3.HTTPResponse, stream: RelayStream) -> dict[str, object]:
+def _told_by_engine(response: Answer, stream: RelayStream) -> dict[str, object]:
     """The envelope of its error; ours around what is none."""
     text = b""
     for piece in stream:
@@ -119,5 +119,5 @@ def _told_by_engine(response: urllib3.HTTPResponse, stream: RelayStream) -> dict
         told = None
     if isinstance(told, dict) and "error" in told:
         return told
-    return UpstreamError(f"the engine answered {response.status} instead of a stream: "
+    return UpstreamError(f"the engine answered {response.head.status} instead of a stream: "
                          f"{text[:500].decode(errors='replace')}", code="bad_answer").envelope()

@@ -6,31 +6,26 @@ back in `close()`, exactly once, however the exchange ends: a generator that nev
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import socket
 import ssl
 from collections.abc import Callable, Iterator
 from email.utils import formatdate
-from typing import Any, BinaryIO
 
 import orjson
-import urllib3
 
-from errors import DaemonError, EngineDied, UpstreamError
+from errors import DaemonError, EngineDied
 from instances.instance import Lease
+from routing.answer import BODYLESS, Answer
 from routing.client_watch import Watched
-from routing.framing import CHUNKED, EOF, LINE_LIMIT
+from routing.framing import CHUNKED, EOF
 from routing.relay_process import Relays, RelayUnavailable
 from routing.relay_wire import RELAY_DIED, UPSTREAM_CUT, Ended
-from routing.upstream import BODYLESS, Exchange, response_headers, upstream_errors
+from routing.upstream import Exchange, response_headers, upstream_errors
 
 log = logging.getLogger("vllm_server.relay")
 
-READ_BYTES = 1 << 16
-SSE = "text/event-stream"
-CUT = "the engine closed the connection in the middle of its answer"
 CUT_MESSAGE = orjson.dumps(EngineDied("the engine died in the middle of its answer").envelope())
 
 
@@ -42,14 +37,13 @@ class RelayStream:
     error itself is raised, and the server answers with that.
     """
 
-    def __init__(self, response: urllib3.HTTPResponse, exchange: Exchange, lease: Lease, watched: Watched,
+    def __init__(self, answer: Answer, exchange: Exchange, lease: Lease, watched: Watched,
                  on_first: Callable[[bytes], None] | None = None) -> None:
-        self._response = response
+        self._answer = answer
         self._exchange = exchange
         self._lease = lease
         self._watched = watched
         self._on_first = on_first
-        self._events = response.headers.get("content-type", "").startswith(SSE)
         self._between_events = True
         self._complete = False
         self._closed = False
@@ -60,9 +54,7 @@ class RelayStream:
 
     def end_without_body(self) -> None:
         """There is none: the connection is good for the next request."""
-        with contextlib.suppress(DaemonError), upstream_errors():
-            self._response.read(decode_content=False)   # of nothing: http.client wants to be asked
-            self._complete = not self._exchange.aborted
+        self._complete = not self._exchange.aborted
         self.close()
 
     def close(self) -> None:
@@ -73,10 +65,7 @@ class RelayStream:
         self._lease.on_cut(None)
         self._exchange.detach()
         try:
-            if self._complete:
-                self._response.release_conn()
-            else:
-                self._response.close()  # the engine sees the end and stops generating
+            self._answer.close(self._complete)      # if it is not, the engine sees the end and stops generating
         finally:
             self._lease.release(ok=self._complete)
 
@@ -84,7 +73,7 @@ class RelayStream:
         begun = False
         try:
             with upstream_errors():
-                for piece in self._upstream_pieces():
+                for piece in self._answer.pieces():
                     begun = True
                     if self._on_first is not None:
                         self._on_first(piece)
@@ -101,57 +90,10 @@ class RelayStream:
             # Not an end but a cut, and the client must be able to tell: the server closes without a last chunk.
             raise ConnectionResetError(errno.ECONNRESET, "the answer was cut")
 
-    def _upstream_pieces(self) -> Iterator[bytes]:
-        response = self._response
-        if response.chunked:
-            yield from read_chunks(response._fp.fp)  # type: ignore[union-attr]
-            response._fp.close()  # type: ignore[union-attr]  # http.client then knows that this answer is over
-        else:
-            while piece := response.read1(READ_BYTES, decode_content=False):
-                yield piece
-            # urllib3 checks the length in read() and stream(), not in read1().
-            if response.length_remaining not in (None, 0):
-                raise UpstreamError(CUT)
-
     def _last_words(self, error: DaemonError) -> Iterator[bytes]:
         log.warning("an answer of instance %s was cut: %s", self._lease.instance_id, error.message)
-        if self._events and self._between_events:
+        if self._answer.is_event_stream and self._between_events:
             yield error_event(error)
-
-
-def read_chunks(file: BinaryIO) -> Iterator[bytes]:
-    """The data of a chunked body as it comes; the trailers are dropped.  Raises UpstreamError where it is cut.
-
-    Not urllib3's: that takes a size line without its end for a whole one, so that a cut after its first zero is an end.
-    """
-    while size := _chunk_size(_line(file)):
-        while size > 0:
-            piece = file.read1(min(size, READ_BYTES))  # type: ignore[attr-defined]
-            if not piece:
-                raise UpstreamError(CUT)
-            size -= len(piece)
-            yield piece
-        if _line(file).strip():
-            raise UpstreamError("a chunk of the engine's answer is longer than it says")
-    while _line(file).strip():
-        pass
-
-
-def _line(file: BinaryIO) -> bytes:
-    line = file.readline(LINE_LIMIT)
-    if not line.endswith(b"\n"):
-        raise UpstreamError(CUT)
-    return line
-
-
-def _chunk_size(line: bytes) -> int:
-    digits = line.partition(b";")[0].strip()
-    try:
-        if digits.isalnum():    # neither a sign nor an underscore, which int would take
-            return int(digits, 16)
-    except ValueError:
-        pass
-    raise UpstreamError(f"the engine's answer is not chunked as it says: {line[:40]!r}", code="bad_answer")
 
 
 class TakenOver:
@@ -167,17 +109,17 @@ class TakenOver:
         raise OSError(errno.ENOTCONN, "the connection was handed to a relay")
 
 
-def may_be_taken_over(method: str, protocol: str, response: urllib3.HTTPResponse) -> bool:
+def may_be_taken_over(method: str, protocol: str, answer: Answer) -> bool:
     """Whether a relay can carry this answer: a stream, whose framing may pass to this client as it is.
 
     An HTTP/1.0 client must not see chunks; an answer with a length is short or, if it is long, still better off with
     a connection that stays usable.
     """
-    return method != "HEAD" and protocol == "HTTP/1.1" and response.status >= 200 \
-        and response.status not in BODYLESS and "content-length" not in response.headers
+    return method != "HEAD" and protocol == "HTTP/1.1" and answer.head.status not in BODYLESS \
+        and not answer.header("content-length")
 
 
-def take_over(relays: Relays, client: socket.socket, response: urllib3.HTTPResponse, exchange: Exchange, lease: Lease,
+def take_over(relays: Relays, client: socket.socket, answer: Answer, exchange: Exchange, lease: Lease,
               watched: Watched, on_first: Callable[[bytes], None] | None = None) -> bool:
     """Hand the rest of an exchange to a relay process.  False, with nothing changed, when none can take it.
 
@@ -187,11 +129,13 @@ def take_over(relays: Relays, client: socket.socket, response: urllib3.HTTPRespo
     upstream = exchange.socket
     if upstream is None or isinstance(upstream, ssl.SSLSocket):     # a session cannot be handed over
         return False
-    read = buffered(response, upstream, wait=on_first is not None)
     if on_first is not None:
-        on_first(read)
-    head = response_head(response)
-    framing = CHUNKED if response.chunked else EOF
+        with upstream_errors():
+            if not answer.incoming.peek():
+                answer.incoming.more()
+        on_first(answer.incoming.peek())
+    read = answer.incoming.peek()
+    head = response_head(answer)
 
     def ended(end: Ended) -> None:
         if end.by in (UPSTREAM_CUT, RELAY_DIED):
@@ -202,36 +146,23 @@ def take_over(relays: Relays, client: socket.socket, response: urllib3.HTTPRespo
     lease.on_cut(None)
     watched.close()
     try:
-        taken = relays.hand_over(client, upstream, to_client=head + read, framing=framing, body_at=len(head),
-                                 on_end=ended, sse=response.headers.get("content-type", "").startswith(SSE),
+        taken = relays.hand_over(client, upstream, to_client=head + read, body_at=len(head), on_end=ended,
+                                 framing=CHUNKED if answer.head.chunked else EOF, sse=answer.is_event_stream,
                                  cut_message=CUT_MESSAGE)
     except RelayUnavailable as error:
         log.warning("a request thread carries a stream: %s", error)
         return False
     exchange.detach()
-    response.close()
+    answer.close(complete=False)
     lease.on_cut(lambda: relays.cut(taken, orjson.dumps(lease.cut_error.envelope()) if lease.cut_error else b""))
     return True
 
 
-def buffered(response: urllib3.HTTPResponse, upstream: socket.socket, *, wait: bool) -> bytes:
-    """What was read of the body together with the head; with `wait`, at least its first bytes.  It stays readable."""
-    reader: Any = response._fp.fp  # type: ignore[union-attr]  # http.client's buffered reader: the only way to its buffer
-    timeout_s = upstream.gettimeout()
-    try:
-        if not wait:
-            upstream.setblocking(False)
-        with upstream_errors():
-            return bytes(reader.peek())
-    finally:
-        upstream.settimeout(timeout_s)
-
-
-def response_head(response: urllib3.HTTPResponse) -> bytes:
+def response_head(answer: Answer) -> bytes:
     """The engine's head for the client of a stream, whose connection ends with it."""
-    lines = [f"HTTP/1.1 {response.status} {response.reason or ''}", f"Date: {formatdate(usegmt=True)}",
-             *(f"{name}: {value}" for name, value in response_headers(response))]
-    if response.chunked:
+    lines = [f"HTTP/1.1 {answer.head.status} {answer.head.reason}", f"Date: {formatdate(usegmt=True)}",
+             *(f"{name}: {value}" for name, value in response_headers(answer))]
+    if answer.head.chunked:
         lines.append("Transfer-Encoding: chunked")
     return "\r\n".join([*lines, "Connection: close", "", ""]).encode("latin-1")
 

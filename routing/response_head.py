@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from http.client import HTTPException, RemoteDisconnected
-from typing import IO
+from typing import Protocol
 
 MAX_LINE_BYTES = 1 << 16
 MAX_LINES = 256
@@ -19,6 +19,11 @@ LENGTH_DIGITS = 18
 _STATUS = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([^\x00-\x08\x0a-\x1f\x7f]*))?\r?\n")
 _FIELD = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):([^\x00-\x08\x0a-\x1f\x7f]*)\r?\n")
 _BLANK = (b"\r\n", b"\n")
+
+
+class Lines(Protocol):
+    def readline(self, limit: int, /) -> bytes:
+        """As of a file."""
 
 
 class BadHead(HTTPException):
@@ -38,7 +43,7 @@ class Head:
     closes: bool
 
 
-def read_head(file: IO[bytes]) -> Head:
+def read_head(file: Lines) -> Head:
     """The head of the final answer; interim ones (1xx) are passed over.
 
     Raises RemoteDisconnected where nothing came at all, else BadHead.

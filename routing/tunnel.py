@@ -31,7 +31,7 @@ def wants_upgrade(connection: str, upgrade: str) -> bool:
 def handshake(target: str, port: int, headers: Iterable[tuple[str, str]], upgrade: str) -> bytes:
     """The request as the engine gets it: the client's headers without keys and hop-by-hop ones, and the upgrade."""
     lines = [f"GET {target} HTTP/1.1", f"Host: 127.0.0.1:{port}", "Connection: Upgrade", f"Upgrade: {upgrade}",
-             *(f"{name}: {value}" for name, value in request_headers(headers, None).items() if isinstance(value, str))]
+             *(f"{name}: {value}" for name, value in request_headers(headers, None).items())]
     return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
 

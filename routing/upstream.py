@@ -1,36 +1,40 @@
 """Sends one request to one engine and reads the head of its answer.
 
-`requests` does it, without the part of a Session that costs a request half a millisecond (netrc, proxies of the
-environment, cookies): a PreparedRequest made by hand goes to an HTTPAdapter, which answers with urllib3's response.
-The adapter's pool tells the exchange which socket it uses, so that another thread can end it at any time.
+`requests` makes the connections: its HTTPAdapter knows addresses, TLS and certificates, and keeps a pool for each
+engine.  What goes over a connection is written and read here: a Session, urllib3 and http.client together take a
+request more time than everything else the daemon does with it.  The exchange knows the socket, so that another thread
+can end it at any time.
 """
 
 from __future__ import annotations
 
 import contextlib
-import http.client
+import re
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from socket import SHUT_RDWR
 from socket import socket as Socket
-from typing import Any, TypeVar
+from typing import Any
 
-import requests
 import urllib3
 from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
-from urllib3.util import SKIP_HEADER
+from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
 
-from errors import DaemonError, UpstreamError, UpstreamTimeout
+from errors import BadRequest, DaemonError, UpstreamError, UpstreamTimeout
+from routing.answer import BODYLESS, Answer, Incoming
 from routing.response_head import BadHead, read_head
 
 IDLE_LIMIT_S = 4.0      # the engine closes a connection that idles for 5 s (uvicorn); never be the second to know
 CONNECT_TIMEOUT_S = 10.0
 POOLS = 4096            # one a backend
-BODYLESS = frozenset({204, 304})
+FIRST_BYTES = 1 << 14   # of a body, which go out together with the head
+NO_ANSWER = "the engine closed the connection before it answered"
+
+_UNSAFE_TARGET = re.compile("[\x00-\x20\x7f]")
 
 HOP_BY_HOP = frozenset({
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
@@ -96,78 +100,20 @@ def _shut(sock: Socket) -> None:
         Socket.shutdown(sock, SHUT_RDWR)    # of a TLS socket too: its own takes the session from under its reader
 
 
-class _Current(threading.local):
-    exchange: Exchange | None = None
-    tls: ssl.SSLContext | None = None
-
-
-_current = _Current()
-
-
-class _Answer(http.client.HTTPResponse):
-    """What http.client makes of a head, but for the reading of it."""
-
-    fp: Any
-    _method: str
-
-    def begin(self) -> None:
-        if self.headers is not None:
-            return
-        if self.fp.peek(1) and _current.exchange is not None:
-            _current.exchange.stale = False
-        head = read_head(self.fp)
-        self.code = self.status = head.status
-        self.reason, self.version = head.reason, 10 + head.minor
-        message = http.client.HTTPMessage()
-        for name, value in head.headers:
-            message.set_raw(name, value)
-        self.headers = self.msg = message
-        bodyless = head.status in BODYLESS or self._method == "HEAD"
-        self.chunked, self.chunk_left = head.chunked and not bodyless, None
-        self.length = 0 if bodyless else head.length
-        self.will_close = head.closes or (self.length is None and not head.chunked)
-
-
-class _Attached(HTTPConnection):
+class _Connection(HTTPConnection):
     idle_since = 0.0
-    response_class = _Answer
-
-    def connect(self) -> None:
-        super().connect()
-        if _current.exchange is not None and self.sock is not None:
-            _current.exchange.attach(self.sock, reused=False)
 
 
-class _TlsConnection(_Attached, HTTPSConnection):
-    pass
+class _TlsConnection(HTTPSConnection):
+    idle_since = 0.0
 
 
 class _Pool(HTTPConnectionPool):
-    ConnectionCls = _Attached
-
-    def _get_conn(self, timeout: float | None = None) -> Any:
-        connection = super()._get_conn(timeout)
-        if isinstance(connection, _Attached) and connection.sock is not None:
-            exchange = _current.exchange
-            if time.monotonic() - connection.idle_since > IDLE_LIMIT_S or (exchange is not None and exchange.fresh):
-                connection.close()
-            elif exchange is not None:
-                exchange.attach(connection.sock, reused=True)
-        return connection
-
-    def _put_conn(self, conn: Any) -> None:
-        if isinstance(conn, _Attached):
-            conn.idle_since = time.monotonic()
-        super()._put_conn(conn)
+    ConnectionCls = _Connection
 
 
-class _TlsPool(_Pool, HTTPSConnectionPool):
+class _TlsPool(HTTPSConnectionPool):
     ConnectionCls = _TlsConnection
-
-    def _validate_conn(self, conn: Any) -> None:
-        """Without urllib3's warning where the user has turned verification off, who knows it."""
-        if conn.is_closed:
-            conn.connect()
 
 
 class _Adapter(HTTPAdapter):
@@ -175,81 +121,109 @@ class _Adapter(HTTPAdapter):
         super().init_poolmanager(*args, **kwargs)
         self.poolmanager.pool_classes_by_scheme = {"http": _Pool, "https": _TlsPool}
 
-    def build_connection_pool_key_attributes(self, *args: Any, **kwargs: Any) -> Any:
-        """The exchange's own TLS settings are all that counts: requests would load its authorities each time."""
-        host, _ = super().build_connection_pool_key_attributes(*args, **kwargs)
-        return host, {"ssl_context": _current.tls} if _current.tls is not None else {}
-
-    def cert_verify(self, *args: Any, **kwargs: Any) -> None:
-        """The context does."""
-
-    def build_response(self, req: requests.PreparedRequest, resp: Any) -> Any:
-        """urllib3's response as it is: its bytes pass on unread."""
-        return resp
-
 
 class Upstream:
     """Thread-safe; keeps idle connections to each engine for up to IDLE_LIMIT_S seconds."""
 
     def __init__(self, connections: int) -> None:
-        self._adapter = _Adapter(pool_connections=POOLS, pool_maxsize=connections, max_retries=0)
+        self._adapter = _Adapter(pool_connections=POOLS, pool_maxsize=connections)
+        self._pools: dict[tuple[str, ssl.SSLContext | None], Any] = {}
 
     def send(self, exchange: Exchange, method: str, url: str, headers: dict[str, str], body: bytes | bytearray | None,
-             timeout_s: float, tls: ssl.SSLContext | None = None) -> urllib3.HTTPResponse:
+             timeout_s: float, tls: ssl.SSLContext | None = None) -> Answer:
         """The answer with its head read and its body not.  Blocks up to `timeout_s` seconds for the head.  An
         https:// address needs `tls`.
 
         A pooled connection that the engine had closed meanwhile is tried once more on a fresh one, but never once
-        an answer has begun.  Raises ConnectionRefused when nothing was sent, else UpstreamError or UpstreamTimeout.
+        an answer has begun.  Raises ConnectionRefused when nothing was sent, else UpstreamError or UpstreamTimeout;
+        BadRequest for what cannot stand in a head.
         """
-        request = requests.PreparedRequest()
-        request.method, request.url = method, url
-        request.body = body  # type: ignore[assignment]  # urllib3 sends any buffer
-        request.headers = headers  # type: ignore[assignment]
-        _current.exchange, _current.tls = exchange, tls
-        try:
-            with upstream_errors():
-                try:
-                    return self._send(request, timeout_s)
-                except requests.ConnectionError as error:
-                    if not exchange.stale or exchange.aborted or _cause(error, BadHead):
-                        raise
-                return self._send_again(exchange, request, timeout_s)
-        finally:
-            _current.exchange = _current.tls = None
-
-    def _send(self, request: requests.PreparedRequest, timeout_s: float) -> urllib3.HTTPResponse:
-        response: Any = self._adapter.send(request, stream=True, timeout=(min(CONNECT_TIMEOUT_S, timeout_s), timeout_s),
-                                            proxies={})
-        return response  # type: ignore[no-any-return]
-
-    def _send_again(self, exchange: Exchange, request: requests.PreparedRequest,
-                    timeout_s: float) -> urllib3.HTTPResponse:
-        exchange.fresh = True
-        try:
-            return self._send(request, timeout_s)
-        except requests.ConnectionError as error:
-            if _cause(error, urllib3.exceptions.NewConnectionError):
+        scheme, _, rest = url.partition("://")
+        authority, _, path = rest.partition("/")
+        head = request_head(method, f"/{path}", authority, headers)
+        pool = self._pool(f"{scheme}://{authority}", tls)
+        with upstream_errors():
+            try:
+                return self._exchange(exchange, pool, method, head, body, timeout_s)
+            except ConnectionError:
+                if not exchange.stale or exchange.aborted:
+                    raise
+            exchange.fresh = True
+            try:
+                return self._exchange(exchange, pool, method, head, body, timeout_s)
+            except NewConnectionError as error:
                 # It may have been this request that killed the engine: not to be tried on another one.
-                raise UpstreamError("the engine closed the connection before it answered") from error
+                raise UpstreamError(NO_ANSWER) from error
+
+    def _exchange(self, exchange: Exchange, pool: Any, method: str, head: bytes, body: bytes | bytearray | None,
+                  timeout_s: float) -> Answer:
+        connection = _connect(exchange, pool, min(CONNECT_TIMEOUT_S, timeout_s))
+        try:
+            if connection.sock.gettimeout() != timeout_s:
+                connection.sock.settimeout(timeout_s)
+            whole = _send(connection.sock, head, body)
+            incoming = Incoming(connection.sock)
+            if incoming.more():
+                exchange.stale = False
+            read = read_head(incoming)
+        except BaseException:
+            connection.close()
             raise
+
+        def give_back(reusable: bool) -> None:
+            if reusable and whole:
+                connection.idle_since = time.monotonic()
+                pool._put_conn(connection)
+            else:
+                connection.close()
+
+        return Answer(read, incoming, method == "HEAD" or read.status in BODYLESS, give_back)
+
+    def _pool(self, base: str, tls: ssl.SSLContext | None) -> Any:
+        if (pool := self._pools.get((base, tls))) is None:
+            # The context's own settings are all that counts: requests would load its authorities each time.
+            pool = self._adapter.poolmanager.connection_from_url(base, {"ssl_context": tls} if tls is not None else {})
+            self._pools[base, tls] = pool
+        return pool
 
     def close(self) -> None:
         self._adapter.close()
 
 
-Cause = TypeVar("Cause", bound=BaseException)
+def _connect(exchange: Exchange, pool: Any, timeout_s: float) -> Any:
+    """A connection of the pool that was not idle for too long, or a new one; the exchange knows its socket."""
+    connection = pool._get_conn()
+    if connection.sock is not None:
+        if not exchange.fresh and time.monotonic() - connection.idle_since <= IDLE_LIMIT_S:
+            exchange.attach(connection.sock, reused=True)
+            return connection
+        connection.close()
+    connection.timeout = timeout_s
+    try:
+        connection.connect()
+    except NewConnectionError:
+        raise
+    except (TimeoutError, ConnectTimeoutError) as error:
+        raise ConnectionRefused("the engine does not take the connection") from error
+    except ssl.SSLCertVerificationError as error:
+        raise ConnectionRefused(f"its certificate is not trusted: {error.verify_message}") from error
+    exchange.attach(connection.sock, reused=False)
+    return connection
 
 
-def _cause(error: BaseException, kind: type[Cause]) -> Cause | None:
-    """The exception of this kind that requests and urllib3 have wrapped, in `reason` or in `args`."""
-    inner = [getattr(error, "reason", None), *error.args]
-    for one in inner:
-        if isinstance(one, kind):
-            return one
-        if isinstance(one, BaseException) and (found := _cause(one, kind)) is not None:
-            return found
-    return None
+def _send(sock: Socket, head: bytes, body: bytes | bytearray | None) -> bool:
+    """Whether all of it was taken: an engine may answer, and close, before it has read everything."""
+    try:
+        if not body:
+            sock.sendall(head)
+        else:
+            sock.sendall(head + body[:FIRST_BYTES])
+            if len(body) > FIRST_BYTES:
+                with memoryview(body) as view:
+                    sock.sendall(view[FIRST_BYTES:])
+    except (BrokenPipeError, ConnectionResetError):
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -259,20 +233,25 @@ def upstream_errors() -> Iterator[None]:
         yield
     except DaemonError:
         raise
-    except requests.ConnectTimeout as error:
-        raise ConnectionRefused("the engine does not take the connection") from error
-    except (requests.ReadTimeout, urllib3.exceptions.ReadTimeoutError) as error:
+    except NewConnectionError as error:
+        raise ConnectionRefused("the engine takes no connections") from error
+    except TimeoutError as error:
         raise UpstreamTimeout("the engine did not answer in time (REQUEST_TIMEOUT)") from error
-    except requests.ConnectionError as error:
-        if _cause(error, urllib3.exceptions.NewConnectionError) is not None:
-            raise ConnectionRefused("the engine takes no connections") from error
-        if (untrusted := _cause(error, ssl.SSLCertVerificationError)) is not None:
-            raise ConnectionRefused(f"its certificate is not trusted: {untrusted.verify_message}") from error
-        if (bad := _cause(error, BadHead)) is not None:
-            raise UpstreamError(f"the engine's answer is not valid HTTP: {bad}", code="bad_answer") from error
-        raise UpstreamError("the engine closed the connection before it answered") from error
-    except (requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException, OSError) as error:
+    except BadHead as error:
+        raise UpstreamError(f"the engine's answer is not valid HTTP: {error}", code="bad_answer") from error
+    except ConnectionError as error:
+        raise UpstreamError(NO_ANSWER) from error
+    except (urllib3.exceptions.HTTPError, OSError) as error:
         raise UpstreamError(f"the connection to the engine broke ({type(error).__name__})") from error
+
+
+def request_head(method: str, target: str, authority: str, headers: Mapping[str, str]) -> bytes:
+    """Raises BadRequest for what would be another request to the engine than to us."""
+    head = "\r\n".join([f"{method} {target} HTTP/1.1", f"Host: {authority}",
+                        *(f"{name}: {value}" for name, value in headers.items()), "", ""])
+    if _UNSAFE_TARGET.search(target) or not head.count("\r") == head.count("\n") == len(headers) + 3 or "\0" in head:
+        raise BadRequest("the request's head holds characters that cannot be passed on", code="invalid_request")
+    return head.encode("latin-1")
 
 
 def request_headers(incoming: Iterator[tuple[str, str]] | Any, body: bytes | bytearray | None) -> dict[str, str]:
@@ -290,15 +269,11 @@ def request_headers(incoming: Iterator[tuple[str, str]] | Any, body: bytes | byt
             headers[name] = f"{headers[name]}, {value}" if name in headers else value
     for name in [name for name in headers if name.lower() in named]:
         del headers[name]
-    present = {name.lower() for name in headers}
-    for name in ("User-Agent", "Accept-Encoding"):
-        if name.lower() not in present:
-            headers[name] = SKIP_HEADER
     if body is not None:
         headers["Content-Length"] = str(len(body))
     return headers
 
 
-def response_headers(response: urllib3.HTTPResponse) -> list[tuple[str, str]]:
+def response_headers(answer: Answer) -> list[tuple[str, str]]:
     """The engine's headers for the client, repeated ones kept apart."""
-    return [(name, value) for name, value in response.headers.iteritems() if name.lower() not in _NOT_RETURNED]
+    return [(name, value) for name, value in answer.head.headers if name.lower() not in _NOT_RETURNED]
