@@ -188,6 +188,8 @@ class Upstream:
 
     def close(self) -> None:
         self._adapter.close()
+        for pool in self._pools.values():
+            pool.close()
 
 
 def _connect(exchange: Exchange, pool: Any, timeout_s: float) -> Any:

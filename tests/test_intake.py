@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from errors import TooLarge
 from web.intake import KEPT_BYTES, LARGE_BODY_BYTES, MAX_HEAD_BYTES, Buffers, Collected, Intake, Taken
 
 LIMIT = 1 << 20
@@ -48,7 +49,7 @@ def test_any_cut_gives_the_same_requests(thousandths: int, requests: list[bytes]
     step = max(1, len(data) * thousandths // 1000)
     taken = drive(Intake(LIMIT), data, step)
     assert [bytes(one.body) for one in taken] == [body_of(request) for request in requests]
-    assert all(one.whole and not one.too_large and one.broken is None for one in taken)
+    assert all(one.whole and one.refusal is None for one in taken)
     assert all(one.head.endswith(b"\r\n\r\n") and b"Expect" not in one.head for one in taken)
 
 
@@ -63,14 +64,14 @@ def test_a_body_that_is_declared_too_large_is_not_waited_for() -> None:
     intake = Intake(1000)
     assert intake.feed(b"POST / HTTP/1.1\r\nContent-Length: 1001\r\n\r\n")
     taken = intake.take()
-    assert taken.too_large and not taken.whole
+    assert isinstance(taken.refusal, TooLarge) and not taken.whole
 
 
 @pytest.mark.parametrize("chunks", [(b"x" * 600, b"x" * 600), (b"x" * 5000,)])
 def test_a_chunked_body_that_grows_too_large_is_refused_as_it_grows(chunks: tuple[bytes, ...]) -> None:
     intake = Intake(1000)
     assert any(intake.feed(bytes([byte])) for byte in chunked(*chunks))
-    assert intake.take().too_large
+    assert isinstance(intake.take().refusal, TooLarge)
 
 
 @pytest.mark.parametrize("body", [b"zz\r\nabc\r\n0\r\n\r\n", b"-1\r\n", b"3\r\nabcd\r\n0\r\n\r\n", b"0x3\r\nabc\r\n",
@@ -79,7 +80,7 @@ def test_broken_chunks_are_told_and_nothing_after_them_is_believed(body: bytes) 
     intake = Intake(LIMIT)
     assert intake.feed(b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n" + body)
     taken = intake.take()
-    assert taken.broken is not None and not taken.whole
+    assert taken.refusal is not None and taken.refusal.code == "invalid_chunk" and not taken.whole
     assert not intake.begun
 
 
@@ -91,19 +92,22 @@ def test_a_head_without_end_is_handed_over_to_be_refused() -> None:
 
 
 @pytest.mark.parametrize("length", [10, LARGE_BODY_BYTES * 2])
-def test_a_client_that_ends_early_leaves_what_it_sent(length: int) -> None:
+def test_a_client_that_ends_early_is_told_how_early(length: int) -> None:
     intake = Intake(LIMIT)
     drive(intake, b"POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n1234" % length, 1)
     intake.end()
     taken = intake.take()
-    assert bytes(taken.body) == b"1234" and not taken.whole
+    assert taken.refusal is not None and taken.refusal.code == "incomplete_body" and not taken.whole
+    assert f"ended after 4 bytes; its Content-Length says {length}" in taken.refusal.message
+    assert taken.head.endswith(b"\r\n\r\n") and not intake.begun
 
 
 def test_a_client_that_ends_within_chunks_is_broken() -> None:
     intake = Intake(LIMIT)
     assert not intake.feed(chunked(b"abc")[:-3])
     intake.end()
-    assert intake.take().broken is not None
+    refusal = intake.take().refusal
+    assert refusal is not None and refusal.code == "invalid_chunk"
 
 
 def test_expect_is_noticed_once_the_head_is_there() -> None:

@@ -12,6 +12,8 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
+from errors import BadRequest, DaemonError, TooLarge
+
 KEPT_BYTES = 1 << 25
 ROUND_BYTES = 1 << 20
 LARGE_BODY_BYTES = 1 << 16      # from here on a body is received into its place, not appended piece by piece
@@ -27,14 +29,13 @@ MAX_SIZE_LINE = 4096
 
 @dataclass(frozen=True)
 class Taken:
-    """One request.  `whole`: nothing of it is left on the connection; otherwise its body is what there is of it."""
+    """One request.  `whole`: nothing of it is left on the connection; if it is not, the body is empty."""
 
     head: bytes
     body: bytes | bytearray
     whole: bool
-    too_large: bool = False
-    broken: str | None = None       # why the body cannot be understood
-    place: bytearray | None = None  # the body's, where that is a buffer to give back when the request is done
+    refusal: DaemonError | None = None      # what is wrong with the body
+    place: bytearray | None = None  # a buffer to give back when the request is done
 
 
 class Buffers:
@@ -92,7 +93,7 @@ class Intake:
         self._chunked = False
         self._decoded: list[bytes] = []
         self._decoded_bytes = 0
-        self._broken: str | None = None
+        self._refusal: DaemonError | None = None
         self._place: bytearray | None = None    # a large body's
         self._filled = 0                        # bytes of it that are there
         self._ready = False
@@ -131,34 +132,38 @@ class Intake:
 
     def end(self) -> None:
         """The client sends nothing more: what is there is all."""
-        if self._chunked and not self.ready():
-            self._broken = "the body ended before its last chunk"
+        if self.in_body and not self.ready():
+            got = self._filled if self._place is not None else len(self._buffer) - self._head_end
+            self._refusal = _broken("it ended before its last chunk") if self._chunked else BadRequest(
+                f"the body ended after {got} bytes; its Content-Length says {self._length}", code="incomplete_body")
         self._ready = True
 
     def take(self) -> Taken:
         """The request; the intake then stands at the next one."""
-        body: bytes | bytearray = b""
-        if not self._head_end:
-            head, end = bytes(self._buffer), len(self._buffer)
-        elif self._place is not None:
-            del self._place[self._filled:]
-            head, body = _EXPECT.sub(b"\r\n", bytes(self._buffer)), self._place
-            end = self._head_end + self._filled
+        if self._length > self._max or self._decoded_bytes > self._max:
+            self._refusal = TooLarge(f"the body is larger than MAX_REQUEST_BYTES ({self._max}) allows")
+        if not self._head_end or self._refusal is not None:
+            head = bytes(self._buffer[:self._head_end or None])
+            taken = Taken(head, b"", whole=False, refusal=self._refusal, place=self._place)
+            self._buffer.clear()
         else:
-            end = self._scanned if self._chunked else min(self._head_end + self._length, len(self._buffer))
-            with memoryview(self._buffer) as view:
-                head = _EXPECT.sub(b"\r\n", bytes(view[:self._head_end]))
-                body = b"".join(self._decoded) if self._chunked else bytes(view[self._head_end:end])
-        too_large = self._length > self._max or self._decoded_bytes > self._max
-        taken = Taken(head, body, self._is_whole(end), too_large, self._broken, self._place)
-        del self._buffer[:end if taken.whole and self._place is None else len(self._buffer)]
+            taken = Taken(*self._head_and_body(), whole=True, place=self._place)
         self._start()
         return taken
 
-    def _is_whole(self, end: int) -> bool:
-        if not self._head_end or self._broken is not None:
-            return False
-        return self._decoded_bytes <= self._max if self._chunked else end == self._head_end + self._length
+    def _head_and_body(self) -> tuple[bytes, bytes | bytearray]:
+        """Of a whole request; what follows it stays in the buffer."""
+        head = _EXPECT.sub(b"\r\n", bytes(self._buffer[:self._head_end]))
+        body: bytes | bytearray
+        if self._place is not None:
+            end, body = self._head_end, self._place
+        elif self._chunked:
+            end, body = self._scanned, b"".join(self._decoded)
+        else:
+            end = self._head_end + self._length
+            body = bytes(self._buffer[self._head_end:end])
+        del self._buffer[:end]
+        return head, body
 
     def _find_head(self) -> bool:
         end = self._buffer.find(b"\r\n\r\n", max(0, self._scanned - 3))
@@ -192,12 +197,12 @@ class Intake:
 
     def _decode(self) -> bool:
         """Take whole chunks off (RFC 9112, 7.1); True at the end of the last one, or where it cannot go on."""
-        while self._broken is None and self._decoded_bytes <= self._max:
+        while self._refusal is None and self._decoded_bytes <= self._max:
             at = self._scanned
             line = _SIZE.match(self._buffer, at)
             if line is None:
                 if self._buffer.find(b"\r\n", at) >= 0 or len(self._buffer) - at > MAX_SIZE_LINE:
-                    self._broken = "a chunk's size line is not valid"
+                    self._refusal = _broken("a chunk's size line is not valid")
                     return True
                 return False
             size = int(line[1], 16)
@@ -210,7 +215,7 @@ class Intake:
             if len(self._buffer) < end + 2:
                 return False
             if self._buffer[end:end + 2] != b"\r\n":
-                self._broken = "a chunk is longer than its size line says"
+                self._refusal = _broken("a chunk is longer than its size line says")
                 return True
             self._decoded.append(bytes(self._buffer[line.end():end]))
             self._decoded_bytes += size
@@ -227,9 +232,13 @@ class Intake:
             self._scanned = end + 4
             return True
         if len(self._buffer) - at > MAX_HEAD_BYTES:
-            self._broken = "the trailers are too large"
+            self._refusal = _broken("the trailers are too large")
             return True
         return False
+
+
+def _broken(why: str) -> BadRequest:
+    return BadRequest(f"the body cannot be read: {why}", code="invalid_chunk")
 
 
 class Collected(io.RawIOBase):

@@ -32,7 +32,7 @@ from gunicorn.http import errors as http_errors
 from gunicorn.workers.gthread import TConn, ThreadWorker
 
 from config import Settings
-from errors import BadRequest, DaemonError, TooLarge
+from errors import BadRequest, DaemonError
 from web.intake import CONTINUE, Buffers, Collected, Intake, Taken
 from web.threads import LOOK_S, Threads
 
@@ -362,10 +362,8 @@ class Worker(ThreadWorker):
             conn.sock.settimeout(SEND_TIMEOUT_S)
             conn.parser.unreader.unread(taken.head)
             request = next(conn.parser)
-            if taken.too_large:
-                raise TooLarge(f"the body is larger than MAX_REQUEST_BYTES ({self.settings.max_request_bytes}) allows")
-            if taken.broken is not None:
-                raise BadRequest(f"the body cannot be read: {taken.broken}", code="invalid_chunk")
+            if taken.refusal is not None:
+                raise taken.refusal
             request.body = Collected(taken.body)
             keep: bool = self.handle_request(request, conn)
             return keep and taken.whole

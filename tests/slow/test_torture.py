@@ -56,8 +56,8 @@ def daemon(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         before = at_rest(daemon)
         yield daemon
         warm_up(daemon)
+        wait_until(lambda: held(daemon).threads <= before.threads + 2, 120)     # more may have been needed meanwhile
         after = at_rest(daemon)
-        assert after.threads <= before.threads + 2, (before, after)
         assert after.descriptors <= before.descriptors + AT_ONCE, (before, after)
         assert "Traceback" not in daemon.log
 
