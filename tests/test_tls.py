@@ -46,12 +46,11 @@ def origin(server: StubServer, **tls: object) -> Origin:
 
 
 def post(server: StubServer, where: Origin, upstream: Upstream, exchange: Exchange | None = None) -> bytes:
-    response = upstream.send(exchange or Exchange(), "POST", f"{where.base}/v1/completions", {"Content-Length": "2"},
-                             b"{}", 60, where.tls)
-    try:
-        return bytes(response.read())
-    finally:
-        response.release_conn()
+    answer = upstream.send(exchange or Exchange(), "POST", f"{where.base}/v1/completions", {"Content-Length": "2"},
+                           b"{}", 60, where.tls)
+    body = b"".join(answer.pieces())
+    answer.close(complete=True)
+    return body
 
 
 @pytest.mark.parametrize("verified", [True, False])
