@@ -193,11 +193,19 @@ class Devices(TypedDict):
     data: list[Device]
 
 
+class ConfigState(TypedDict):
+    """Which config.yaml is in force, and what is wrong with the one on disk."""
+
+    file: str | None
+    error: str | None
+
+
 class Health(TypedDict):
     status: str
     instances: int
     ready: int
     vllm_processes: int
+    config: ConfigState
     version: str
     simulated: bool
 

@@ -45,13 +45,18 @@ class Finding:
     verdict: Verdict
     found: str
     advice: str = ""
+    serves: bool = False        # of the server: whether it answers as one
 
 
 def server(client: VLLMProxyClient) -> Finding:
     try:
         health = client.health()
+        if problem := health["config"]["error"]:
+            return Finding("server", Verdict.WARN, f"the configuration on disk is not used: {problem}",
+                           "correct it: the server reads it again by itself, or with vllm-server reload", serves=True)
         simulated = ", with a SIMULATED engine" if health["simulated"] else ""
-        return Finding("server", Verdict.OK, f"version {health['version']} serves at {client.base_url}{simulated}")
+        return Finding("server", Verdict.OK, f"version {health['version']} serves at {client.base_url}{simulated}",
+                       serves=True)
     except (BadAnswer, KeyError):
         return Finding("server", Verdict.FAIL, f"what answers at {client.base_url} is not vllm-server",
                        "stop that program, or start vllm-server on another port: vllm-server run --port 5001")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +37,8 @@ def doctor(context: click.Context, offline: bool) -> None:
         if not terminal.as_json:
             terminal.out.print(_line(finding), soft_wrap=True)
     if terminal.as_json:
-        terminal.print_json([dataclasses.asdict(finding) for finding in findings])
+        terminal.print_json([{"name": one.name, "verdict": one.verdict, "found": one.found, "advice": one.advice}
+                             for one in findings])
     if any(finding.verdict is Verdict.FAIL for finding in findings):
         context.exit(Exit.FAILED)
 
@@ -56,7 +56,7 @@ def _findings(terminal: Terminal, offline: bool) -> Iterator[Finding]:
     with terminal.client(SERVER_TIMEOUT_S) as client:
         there = checks.server(client)
         yield there
-        serves = there.verdict is Verdict.OK
+        serves = there.serves
         if serves:
             yield checks.management(client)
     where = urlsplit(client.base_url)

@@ -9,7 +9,7 @@ from typing import NoReturn
 import click
 
 from vllm_server_client import __version__
-from vllm_server_client.cli import chat, doctor, instances, models, run, server
+from vllm_server_client.cli import chat, doctor, instances, models, run, server, top
 from vllm_server_client.cli.exits import MEANINGS, Exit
 from vllm_server_client.cli.server import VARIABLE
 from vllm_server_client.cli.terminal import Group
@@ -26,8 +26,8 @@ def cli() -> None:
     """
 
 
-for each in (instances.ps, models.models, models.load, instances.stop, instances.logs, chat.chat, instances.gpus,
-             server.health, server.reload, run.run, doctor.doctor, server.completion):
+for each in (instances.ps, models.models, models.load, instances.stop, instances.logs, chat.chat, top.top,
+             instances.gpus, server.health, server.reload, run.run, doctor.doctor, server.completion):
     cli.add_command(each)
 
 

@@ -22,8 +22,10 @@ def health(terminal: Terminal) -> None:
     with terminal.client() as client:
         found = client.health()
     simulated = " with a SIMULATED engine" if found["simulated"] else ""
+    problem = found["config"]["error"]
+    wrong = [Text(f"the configuration on disk is not used: {problem}", "yellow")] if problem else []
     terminal.show(found, Text(f"{found['status']}: version {found['version']}{simulated}, {found['instances']} "
-                              f"instances, ready: {found['ready']}"))
+                              f"instances, ready: {found['ready']}"), *wrong)
 
 
 @click.command(cls=Command)
