@@ -107,7 +107,8 @@ class Rooms(Registry):
                 return
             permanent = error.code != NoRoom.code
             one.no_hope_since = None if not hopeless else now if one.no_hope_since is None else one.no_hope_since
-            if not permanent and (one.no_hope_since is None or now - one.no_hope_since < HOPELESS_S):
+            if not permanent and (one.no_hope_since is None or (
+                    now - one.no_hope_since < HOPELESS_S and not one.failures_in_a_row)):
                 return
             problem = Problem(error.code, error.message, status=error.status, permanent=permanent)
             one.no_hope_since = None
