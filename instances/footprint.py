@@ -84,16 +84,14 @@ def estimate(flags: Mapping[str, Any], *, memory_bytes: int | None = None, param
         ranks = ranks_of(flags, kind)
         keep = reckoned.fill(memory_bytes) if kind != "cuda" and own_cache is None and reckoned else {}
         return Footprint(math.ceil(memory_bytes / ranks), "memory_mb", keep=keep, because="memory_mb")
-    if measured is not None and not (measured.filled and reckoned):
-        cache = measured.kv_cache_bytes
-        keep = {} if own_cache is not None or cache is None or measured.filled else {"kv_cache_memory_bytes": cache}
-        return Footprint(measured.bytes_per_device, "measured", keep=keep, because="measured when it last ran")
+    filled = measured is not None and measured.filled and own_cache is None
+    if measured is not None and not (filled and reckoned):
+        return _as_measured(measured, filled, own_cache, reckoned)
     if reckoned is not None:
-        keep = {} if own_cache is not None or not reckoned.exact else {"kv_cache_memory_bytes": reckoned.cache_bytes}
         if measured is not None and measured.kv_cache_bytes is not None and kind == "cuda":
             reckoned = reckoned.knowing(measured.bytes_per_device - measured.kv_cache_bytes)
-        return Footprint(reckoned.bytes, "estimated", least_bytes=reckoned.weights_bytes, keep=keep,
-                         because=reckoned.because)
+        return Footprint(reckoned.bytes, "estimated", least_bytes=reckoned.weights_bytes,
+                         keep=reckoned.cache_flag(own_cache), because=reckoned.because)
     if kind != "cuda":
         return Footprint(because="nothing is known of it")
     share = DEFAULT_UTILIZATION if utilization is None else utilization
@@ -158,6 +156,14 @@ def _with_own_share(share: float, own_cache: int | None, memory_bytes: int | Non
     return Footprint(None, "utilization", share, given=True, because="its gpu_memory_utilization")
 
 
+def _as_measured(measured: Measured, filled: bool, own_cache: int | None, reckoned: Reckoning | None) -> Footprint:
+    """As it was, with the KV cache that it had: an engine that is told it does not fill up its share."""
+    keep = {} if filled or reckoned is None else reckoned.cache_flag(own_cache)
+    if not keep and not filled and own_cache is None and measured.kv_cache_bytes:
+        keep = {"kv_cache_memory_bytes": measured.kv_cache_bytes}
+    return Footprint(measured.bytes_per_device, "measured", keep=keep, because="measured when it last ran")
+
+
 # --- the reckoning ----------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -178,6 +184,9 @@ class Reckoning:
     def because(self) -> str:
         return (f"weights {self.weights_bytes / GIB:.1f} + KV cache {self.cache_bytes / GIB:.1f} ({self.tokens} tokens)"
                 f" + overhead {self.overhead_bytes / GIB:.1f} GiB, estimated")
+
+    def cache_flag(self, own_cache: int | None) -> dict[str, Any]:
+        return {} if own_cache is not None or not self.exact else {"kv_cache_memory_bytes": self.cache_bytes}
 
     def fill(self, memory_bytes: int) -> dict[str, Any]:
         """The flag that makes an engine in the host's memory take no more than this, where that is possible."""

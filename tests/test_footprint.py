@@ -56,8 +56,12 @@ def test_memory_mb_is_divided_over_its_devices() -> None:
 
 
 def test_a_measured_configuration_gets_the_kv_cache_that_it_had() -> None:
-    found = estimate({}, measured=Measured(30 * GIB, 8 * GIB), facts=FACTS_8B)
-    assert (found.bytes_per_device, found.keep) == (30 * GIB, {"kv_cache_memory_bytes": 8 * GIB})
+    """The one that follows from its config: its log tells it rounded, or not at all."""
+    estimated = estimate({}, facts=FACTS_8B)
+    for told in (None, 8 * GIB):
+        found = estimate({}, measured=Measured(30 * GIB, told), facts=FACTS_8B)
+        assert (found.bytes_per_device, found.source, found.keep) == (30 * GIB, "measured", estimated.keep)
+    assert estimate({}, measured=Measured(30 * GIB, 8 * GIB)).keep == {"kv_cache_memory_bytes": 8 * GIB}
 
 
 def test_a_device_that_was_filled_up_is_no_figure_once_the_model_is_known() -> None:
@@ -198,8 +202,9 @@ def test_a_cpu_engine_whose_kv_cache_the_user_set(flags: dict[str, Any], env: di
     assert found.keep == {} and (found.bytes_per_device or 0) == pytest.approx(2.9 * GIB, rel=0.01)
     # its share does not matter to vLLM then
     assert estimate({**flags, "gpu_memory_utilization": 0.9}, facts=TINY, kind="host", env=env) == found
-    measured = estimate(flags, facts=TINY, kind="host", env=env, measured=Measured(GIB, None))
-    assert (measured.bytes_per_device, measured.source, measured.keep) == (GIB, "measured", {})
+    for filled in (False, True):
+        measured = estimate(flags, facts=TINY, kind="host", env=env, measured=Measured(GIB, None, filled))
+        assert (measured.bytes_per_device, measured.source, measured.keep) == (GIB, "measured", {})
 
 
 def test_a_share_of_the_host() -> None:
