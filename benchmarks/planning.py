@@ -88,9 +88,12 @@ def main() -> None:
     for asleep_share, label in ((0.0, "all awake"), (0.5, "half asleep")):
         devices, residents = world(chance, asleep_share)
         free = devices[0].total_bytes
-        for name, size, count in (("room is there", GIB // 2, 1), ("one GPU, a few victims", 12 * GIB, 1),
-                                  ("one GPU, many victims", free // 2, 1), ("8 GPUs, a few victims", 12 * GIB, 8),
-                                  ("8 GPUs, many victims", free // 2, 8), ("no room at all", free - 2 * GIB, 32)):
+        roomiest = max(device.free_bytes for device in devices)
+        for name, size, count in (
+                ("room is there", GIB // 2, 1),
+                ("one GPU, a few victims", roomiest + 4 * GIB, 1), ("one GPU, many victims", free // 2, 1),
+                ("8 GPUs, a few victims", roomiest + 4 * GIB, 8), ("8 GPUs, many victims", free // 2, 8),
+                ("no room at all", free - 2 * GIB, 32)):
             need = Need("new", Footprint(size), count)
 
             def decide(now: list[Resident], need: Need = need, devices: list[Device] = devices) -> None:

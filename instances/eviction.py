@@ -64,20 +64,26 @@ def options(resident: Resident) -> tuple[Option, ...]:
     """What may be done with it, the cheapest first; nothing with one that is busy, pinned or leaves anyway."""
     if not resident.evictable:
         return ()
-    weight = WINDOW_S / (1.0 + resident.idle_s) if resident.idle_s > 0 else WINDOW_S
+    stop_us, sleep_us = _weigh(resident)
+    stop = Option(stop_us, resident.id, False, resident)
+    return (Option(sleep_us, resident.id, True, resident), stop) if sleep_us else (stop,)
+
+
+def _weigh(resident: Resident) -> tuple[int, int]:
+    """The cost of a stop, and that of sleep; 0 where it cannot sleep, or sleep is of no use."""
+    idle_s = resident.idle_s
+    weight = WINDOW_S / (1.0 + idle_s) if idle_s > 0 else WINDOW_S
     if resident.priority:
         weight *= 2.0 ** max(-MOST_STEPS, min(resident.priority, MOST_STEPS))
     reload_s = RELOAD_S if resident.reload_s is None else resident.reload_s
-    stop = Option(int(1e6 * (EVICT_S + weight * reload_s)), resident.id, False, resident)
-    if not (resident.awake and resident.can_sleep):
-        return (stop,)
-    wake_s = WAKE_S if resident.wake_s is None else resident.wake_s
-    if wake_s >= reload_s:
-        return (stop,)
-    for index, held in resident.bytes_on.items():
-        if resident.asleep_on.get(index, 0) < held:
-            return Option(int(1e6 * (EVICT_S + weight * wake_s)), resident.id, True, resident), stop
-    return (stop,)
+    stop_us = int(1e6 * (EVICT_S + weight * reload_s))
+    if resident.awake and resident.can_sleep:
+        wake_s = WAKE_S if resident.wake_s is None else resident.wake_s
+        if wake_s < reload_s:
+            for index, held in resident.bytes_on.items():
+                if resident.asleep_on.get(index, 0) < held:
+                    return stop_us, int(1e6 * (EVICT_S + weight * wake_s))
+    return stop_us, 0
 
 
 def choose(missing: Mapping[int, int], count: int, residents: Iterable[Resident], host_left: int) -> Choice | None:
@@ -87,14 +93,13 @@ def choose(missing: Mapping[int, int], count: int, residents: Iterable[Resident]
     taken.  `host_left` is what sleepers may still take of the host's RAM.
     """
     asked = {index for index, lack in missing.items() if lack > 0}
-    every = [found for resident in residents if (found := options(resident))]
-    within = host_left >= sum(found[0].resident.host_bytes for found in every if found[0].sleeps)
-    candidates = [found for found in every if not asked.isdisjoint(found[0].resident.bytes_on)
-                  or not (within or found[0].resident.awake)]
+    idle = [resident for resident in residents if resident.evictable]
+    within = host_left >= sum(resident.host_bytes for resident in idle if resident.awake and resident.can_sleep)
+    candidates = [resident for resident in idle
+                  if not asked.isdisjoint(resident.bytes_on) or not (within or resident.awake)]
     hope = _hope(candidates, missing)
     if sum(hope[index] >= lack for index, lack in missing.items()) < count:
         return None
-    candidates.sort()
     chosen = _greedy(candidates, {index: lack for index, lack in missing.items() if hope[index] >= lack}, count,
                      host_left)
     if len(candidates) <= SEARCHED_CANDIDATES:
@@ -105,18 +110,15 @@ def choose(missing: Mapping[int, int], count: int, residents: Iterable[Resident]
     return Choice(tuple(devices), tuple(sorted(kept, key=lambda option: option.id)))
 
 
-Candidates = Sequence[tuple[Option, ...]]
-
-
 def _cost(chosen: Iterable[Option]) -> int:
     return sum(option.cost_us for option in chosen)
 
 
-def _hope(candidates: Candidates, missing: Mapping[int, int]) -> dict[int, int]:
-    """What all of them together could free: a stop, their last option, frees the most."""
+def _hope(candidates: Iterable[Resident], missing: Mapping[int, int]) -> dict[int, int]:
+    """What all of them together could free."""
     hope = dict.fromkeys(missing, 0)
-    for found in candidates:
-        for index, held in found[0].resident.bytes_on.items():
+    for resident in candidates:
+        for index, held in resident.bytes_on.items():
             if index in hope:
                 hope[index] += held
     return hope
@@ -157,14 +159,15 @@ def _needed(chosen: Sequence[Option], missing: Mapping[int, int], host_left: int
     return kept
 
 
-def _cheapest(candidates: Candidates, missing: Mapping[int, int], count: int, host_left: int,
+def _cheapest(candidates: Iterable[Resident], missing: Mapping[int, int], count: int, host_left: int,
               guess: list[Option]) -> list[Option]:
     """Branch and bound over everything that could be done, for STEPS steps: exact for EXACT_CANDIDATES."""
     lacking = {index: lack for index, lack in missing.items() if lack > 0}
     count -= len(missing) - len(lacking)
-    hopes = [tuple(_hope(candidates[position:], lacking).values()) for position in range(len(candidates) + 1)]
-    ways = [[(option, tuple(map(option.frees, lacking)), option.host_bytes) for option in found]
-            for found in candidates]
+    every = sorted(map(options, candidates))
+    ways = [[(option, tuple(map(option.frees, lacking)), option.host_bytes) for option in found] for found in every]
+    hopes = [tuple(_hope([found[0].resident for found in every[position:]], lacking).values())
+             for position in range(len(every) + 1)]
     best, best_us, steps = guess, _cost(guess), STEPS
 
     def visit(position: int, cost_us: int, left: tuple[int, ...], host: int, chosen: tuple[Option, ...]) -> None:
@@ -175,7 +178,7 @@ def _cheapest(candidates: Candidates, missing: Mapping[int, int], count: int, ho
                 and (host >= 0 or not any(option.sleeps for option in chosen))):
             best, best_us = list(chosen), cost_us
             return
-        if steps < 0 or position == len(candidates) or sum(map(int.__le__, left, hopes[position])) < count:
+        if steps < 0 or position == len(ways) or sum(map(int.__le__, left, hopes[position])) < count:
             return
         for option, freed, host_bytes in ways[position]:
             if cost_us + option.cost_us < best_us:
@@ -189,7 +192,7 @@ def _cheapest(candidates: Candidates, missing: Mapping[int, int], count: int, ho
 
 # --- many candidates --------------------------------------------------------------------------------------------------
 
-def _greedy(candidates: Candidates, missing: Mapping[int, int], count: int, host_left: int) -> list[Option]:
+def _greedy(candidates: Sequence[Resident], missing: Mapping[int, int], count: int, host_left: int) -> list[Option]:
     """Device by device, each time the one that is cheapest to clear after what was decided already."""
     chosen: list[Option] = []
     left = dict(missing)
@@ -209,69 +212,65 @@ def _greedy(candidates: Candidates, missing: Mapping[int, int], count: int, host
             chosen += best
         else:       # some would sleep, and that is not enough
             assert any(option.sleeps for option in chosen)
-            stops = {found[-1].id: found[-1] for found in candidates}
-            chosen = [stops[option.id] for option in chosen]
+            chosen = [options(option.resident)[-1] for option in chosen]
         left = _left(missing, chosen)
         gone = {option.id for option in best}
         touched = {index for option in best or chosen for index in option.resident.bytes_on}
         for index in touched & items.keys():
-            items[index] = [item for item in items[index] if item.options[0].id not in gone]
+            items[index] = [item for item in items[index] if item[ID] not in gone]
             guesses.pop(index, None)
         if (spare := host_left + _host(chosen)) < host:     # what others would do may not hold any more
             guesses = {index: guess for index, guess in guesses.items() if guess is None or spare + _host(guess) >= 0}
     return _sleep_instead(chosen, candidates, missing, count, host_left)
 
 
-class Item(NamedTuple):
-    """A candidate as one device sees it: the least that a byte of it costs, and all that it could free there."""
-
-    us_per_byte: float
-    freed: int
-    freed_asleep: int                   # if it can sleep
-    options: tuple[Option, ...]
+# A candidate as one device sees it: what a byte of it costs at least, what it frees there stopped and asleep, the costs
+# of both (0: it cannot sleep), and who it is.  A plain tuple, for there are as many as models.
+Item = tuple[float, int, int, int, int, str, Resident]
+ID = 5
 
 
-def _items(candidates: Candidates, missing: Mapping[int, int]) -> dict[int, list[Item]]:
+def _items(candidates: Iterable[Resident], missing: Mapping[int, int]) -> dict[int, list[Item]]:
     """By device that misses something, the cheapest bytes first."""
     items: dict[int, list[Item]] = {index: [] for index, lack in missing.items() if lack > 0}
-    for found in candidates:
-        stop = found[-1]
-        for index, held in stop.resident.bytes_on.items():
+    for resident in candidates:
+        stop_us, sleep_us = _weigh(resident)
+        for index, held in resident.bytes_on.items():
             if held > 0 and index in items:
-                rate, asleep = stop.cost_us / held, 0
-                if len(found) > 1 and (asleep := found[0].frees(index)):
-                    rate = min(rate, found[0].cost_us / asleep)
-                items[index].append(Item(rate, held, asleep, found))
+                rate, asleep = stop_us / held, 0
+                if sleep_us and (asleep := max(0, held - resident.asleep_on.get(index, 0))):
+                    rate = min(rate, sleep_us / asleep)
+                items[index].append((rate, held, asleep, stop_us, sleep_us, resident.id, resident))
     for here in items.values():
         here.sort()
     return items
 
 
-def _guess(items: Sequence[Item], lack: int, host: int) -> list[Option] | None:
+def _guess(items: Iterable[Item], lack: int, host: int) -> list[Option] | None:
     """The cheapest bytes until it is enough, without those that were not needed in the end; None if it never is."""
-    taken: list[tuple[int, int, Option]] = []
-    for item in items:
-        option, freed = item.options[0], item.freed
-        if option.sleeps:
-            freed = item.freed_asleep
-            if not freed or host < option.resident.host_bytes:
-                option, freed = item.options[1], item.freed
-            else:
-                host -= option.resident.host_bytes
-        taken.append((option.cost_us, freed, option))
-        lack -= freed
+    taken: list[tuple[int, int, str, bool, Resident]] = []
+    for _, freed, asleep, stop_us, sleep_us, name, resident in items:
+        if asleep and host >= resident.host_bytes:
+            host -= resident.host_bytes
+            taken.append((sleep_us, asleep, name, True, resident))
+            lack -= asleep
+        else:
+            taken.append((stop_us, freed, name, False, resident))
+            lack -= freed
         if lack <= 0:
             break
     if lack > 0:        # some would sleep, and that is not enough: all of them have to go
-        enough = sum(item.freed for item in items) >= lack + sum(freed for _, freed, _ in taken)
-        return [item.options[-1] for item in items] if enough else None
+        every = list(items)
+        enough = sum(item[1] for item in every) >= lack + sum(freed for _, freed, *_ in taken)
+        return [Option(stop_us, name, False, resident)
+                for _, _, _, stop_us, _, name, resident in every] if enough else None
     taken.sort(reverse=True)
     kept = []
-    for _, freed, option in taken:
+    for cost_us, freed, name, sleeps, resident in taken:
         if lack + freed <= 0:
             lack += freed
         else:
-            kept.append(option)
+            kept.append(Option(cost_us, name, sleeps, resident))
     return kept
 
 
@@ -285,58 +284,56 @@ class Search:
         """The cheapest set found that frees `lack` bytes of one device."""
         best, limit = guess, _cost(guess)
 
-        def visit(position: int, cost_us: int, lack: int, host: int, chosen: list[Option]) -> None:
+        def visit(position: int, cost_us: int, lack: int, host: int, chosen: tuple[Option, ...]) -> None:
             nonlocal best, limit
             if lack <= 0:
                 if cost_us < limit:
-                    best, limit = chosen, cost_us
+                    best, limit = list(chosen), cost_us
                 return
             if self._nodes <= 0 or not _promising(items, position, lack, limit - cost_us):
                 return
             self._nodes -= 1
-            item = items[position]
-            for option in item.options:
-                spare = host + option.host_bytes
-                if not option.sleeps:
-                    visit(position + 1, cost_us + option.cost_us, lack - item.freed, spare, [*chosen, option])
-                elif spare >= 0:
-                    visit(position + 1, cost_us + option.cost_us, lack - item.freed_asleep, spare, [*chosen, option])
+            _, freed, asleep, stop_us, sleep_us, name, resident = items[position]
+            if asleep and (spare := host - resident.host_bytes) >= 0:
+                visit(position + 1, cost_us + sleep_us, lack - asleep, spare,
+                      (*chosen, Option(sleep_us, name, True, resident)))
+            back = 0 if resident.awake else resident.host_bytes
+            visit(position + 1, cost_us + stop_us, lack - freed, host + back,
+                  (*chosen, Option(stop_us, name, False, resident)))
             visit(position + 1, cost_us, lack, host, chosen)
 
-        visit(0, 0, lack, host, [])
+        visit(0, 0, lack, host, ())
         return best
 
 
 def _promising(items: Sequence[Item], start: int, lack: int, below_us: float) -> bool:
     """Whether items from `start` on might free this for less, if parts of victims could be taken."""
-    for item in items[start:]:
-        if item.freed >= lack:
-            return lack * item.us_per_byte < below_us
-        below_us -= item.freed * item.us_per_byte
-        lack -= item.freed
+    for position in range(start, len(items)):
+        rate, freed = items[position][:2]
+        if freed >= lack:
+            return lack * rate < below_us
+        below_us -= freed * rate
+        lack -= freed
         if below_us <= 0:
             return False
     return False
 
 
-def _sleep_instead(chosen: list[Option], candidates: Candidates, missing: Mapping[int, int], count: int,
+def _sleep_instead(chosen: list[Option], candidates: Iterable[Resident], missing: Mapping[int, int], count: int,
                    host_left: int) -> list[Option]:
     """Let victims sleep that are to be stopped only for want of host RAM, where stopping older sleepers is cheaper."""
-    by_id = {found[0].id: found[0] for found in candidates if found[0].sleeps}
-    victims = sorted(option for option in chosen if not option.sleeps and option.id in by_id)
-    if not victims:
-        return chosen
-    sleepers = sorted(found[0] for found in candidates if found[0].host_bytes > 0)
+    victims = sorted(option for option in chosen if not option.sleeps and len(options(option.resident)) > 1)
+    sleepers = sorted(options(resident)[0] for resident in candidates
+                      if not resident.awake and resident.host_bytes > 0)
+    spare = host_left + _host(chosen)
     for victim in victims:
-        plan = [*(option for option in chosen if option is not victim), by_id[victim.id]]
-        if not _fits(missing, plan, count, sum(sleeper.host_bytes for sleeper in sleepers) + max(0, host_left)):
-            continue
-        taken = {option.id for option in plan}
-        spare = host_left + _host(plan)
+        short = victim.resident.host_bytes - spare
+        gone = {option.id for option in chosen}
+        plan = [*(option for option in chosen if option is not victim), options(victim.resident)[0]]
         for sleeper in sleepers:
-            if spare < 0 and sleeper.id not in taken:
+            if short > 0 and sleeper.id not in gone:
                 plan.append(sleeper)
-                spare += sleeper.host_bytes
-        if _cost(plan) < _cost(chosen) and _fits(missing, plan, count, host_left):
-            chosen = plan
+                short -= sleeper.host_bytes
+        if short <= 0 and _cost(plan) < _cost(chosen) and _fits(missing, plan, count, host_left):
+            chosen, spare = plan, host_left + _host(plan)
     return chosen

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -466,3 +469,9 @@ def brute_force(world: World) -> int | None:
 def everything(residents: Sequence[Resident]) -> Iterator[list[Option]]:
     for done in itertools.product(*([None, *options(each)] for each in residents)):
         yield [option for option in done if option is not None]
+
+
+def test_the_benchmark_runs() -> None:
+    program = Path(__file__).resolve().parent.parent / "benchmarks" / "planning.py"
+    done = subprocess.run([sys.executable, program, "--repeat", "1"], text=True, capture_output=True, timeout=120)
+    assert done.stdout.count("awake | ") == 6 and done.stdout.count("asleep | ") == 6, done.stderr
