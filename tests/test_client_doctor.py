@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -13,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.command import ARGV, environment, vllm_server
+from tests.command import ARGV, OnTerminal, environment, vllm_server
 from tests.daemon import CHECKOUT, HANG_S, SIMULATOR, Daemon
 from tests.sdk import Scripted, answer
 from tests.support import wait_until
+from tests.tmux import Tmux, needs_tmux
 from vllm_server_client import VLLMProxyClient
 from vllm_server_client.cli import checks, home
 from vllm_server_client.cli.checks import Finding, Verdict
@@ -137,6 +139,38 @@ def test_run_is_the_daemon(tmp_path: Path) -> None:
         assert vllm_server(daemon, "health").code == 0
         wait_until(lambda: daemon.worker_pid)
         assert daemon.stop() == 0
+
+
+@needs_tmux
+def test_run_on_a_terminal_shows_the_monitor_and_its_end_is_the_daemons(tmp_path: Path) -> None:
+    with Daemon(tmp_path / "other") as lent:        # its ports and folders; it does not run meanwhile
+        lent.stop()
+        env = {**lent.env, **environment(None), "VLLM_DEFAULT_TRUST_REMOTE_CODE": "false"}
+        with Tmux([*ARGV, "run", "--host", "127.0.0.1", "--port", "0"], env, cwd=tmp_path) as screen:
+            screen.wait_for("0 of 0 ready", "SIMULATED", "q Quit")
+            log = (lent.state / "daemon.log").read_text()
+            address = re.search(r"listens on (http://[^ ]+)", log)
+            assert address is not None and address[1] in screen.screen
+            assert vllm_server(None, "load", "org/tiny", "--url", address[1]).code == 0
+            screen.wait_for("1 of 1 ready", "org/tiny")
+            screen.keys("q")
+            screen.wait_for("the daemon has ended", "exit=0")
+        assert lent.engine_processes() == []
+        with Tmux([*ARGV, "run", "--port", "1", "--host", "192.0.2.1"], env, cwd=tmp_path) as screen:
+            screen.wait_for("cannot listen", "exit=1")
+        with Tmux([*ARGV, "run", "--console", "--host", "127.0.0.1", "--port", "0"], env, cwd=tmp_path) as screen:
+            screen.wait_for("listens on")
+            screen.keys("C-c")
+            screen.wait_for("stopped", "exit=0")
+        lent.start()
+
+
+def test_the_monitor_needs_a_terminal_and_a_key(tmp_path: Path, env: dict[str, str]) -> None:
+    done = vllm_server(None, "run", "--monitor", cwd=tmp_path, env={**env, "VLLM_SERVER_HOME": str(CHECKOUT)})
+    assert done.code == Exit.USAGE and "needs a terminal" in done.err
+    with OnTerminal(None, "run", "--monitor", **env, VLLM_SERVER_HOME=str(CHECKOUT), ADMIN_API_KEYS="k") as terminal:
+        assert terminal.wait() == Exit.USAGE
+    assert "VLLM_SERVER_API_KEY" in terminal.text
 
 
 def test_run_uses_the_folder_where_it_is_called(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -21,12 +22,14 @@ needs_tmux = pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is no
 class Tmux:
     """Ends with everything in it.  The program's exit code stands on the screen as `exit=N` once it has ended."""
 
-    def __init__(self, argv: Sequence[str], env: Mapping[str, str], *, columns: int = 80, rows: int = 24) -> None:
+    def __init__(self, argv: Sequence[str], env: Mapping[str, str], *, columns: int = 80, rows: int = 24,
+                 cwd: Path | None = None) -> None:
         self._socket = f"vllm-server-test-{os.getpid()}-{id(self)}"
         self._env = dict(env)
-        command = f"{shlex.join(argv)}; echo exit=$?; exec cat"
+        # The trap keeps the shell alive through a Ctrl-C that is meant for the program.
+        command = f"trap : INT; {shlex.join(argv)}; echo exit=$?; exec cat"
         self._tmux("new-session", "-d", "-x", str(columns), "-y", str(rows),
-                   "sh", "-c", command)
+                   "-c", str(cwd or Path.cwd()), "sh", "-c", command)
 
     def __enter__(self) -> Self:
         return self

@@ -29,7 +29,7 @@ EVENTS_SHOWN = 5
 
 
 class Monitor(App[None]):
-    """The full-screen program.  `client` is closed by the caller."""
+    """The full-screen program.  `client` is closed by the caller; it ends when the server is no longer `alive`."""
 
     ENABLE_COMMAND_PALETTE = False
     CSS = """
@@ -47,12 +47,18 @@ class Monitor(App[None]):
     """
     BINDINGS = [Binding("ctrl+c", "quit", show=False, priority=True)]
 
-    def __init__(self, client: AsyncVLLMProxyClient, interval_s: float) -> None:
+    def __init__(self, client: AsyncVLLMProxyClient, interval_s: float, *,
+                 alive: Callable[[], bool] = lambda: True) -> None:
         super().__init__()
-        self._client, self._interval_s = client, interval_s
+        self._client, self._interval_s, self._alive = client, interval_s, alive
 
     def on_mount(self) -> None:
         self.push_screen(MainScreen(self._client, self._interval_s))
+        self.set_interval(self._interval_s, self._end_with_server)
+
+    def _end_with_server(self) -> None:
+        if not self._alive():
+            self.exit()
 
 
 class MainScreen(Screen[None]):
