@@ -29,7 +29,7 @@ from instances.loop import Loop
 from instances.store import StateDir
 from router import Router
 from routing.upstream import ClientLeft
-from web import admin, auth
+from web import admin, auth, models
 from web.audit import AuditLog
 from web.reloader import EVERY_S, Reloader
 from web.server import Server, Service
@@ -62,6 +62,7 @@ def create_app(deps: Deps) -> Flask:
     app.before_request(lambda: auth.check(request, deps.manager.settings))
     app.after_request(lambda response: _audited(deps.audit, response))
     app.register_blueprint(admin.blueprint)
+    app.register_blueprint(models.blueprint)
     app.register_blueprint(data_plane.blueprint)
     app.register_error_handler(Exception, _answer_error)
     return app

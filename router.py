@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import orjson
-from flask import Blueprint, Request, Response, current_app, jsonify, request
+from flask import Blueprint, Request, Response, current_app, request
 from werkzeug.exceptions import ClientDisconnected
 
 from config import Key
@@ -46,7 +46,7 @@ from routing.upstream import (
     request_headers,
     response_headers,
 )
-from routing.waiting import Waiter
+from routing.waiting import Goal, Waiter
 
 PICKS = 20                  # picks that may end in NotReady or a refused connection before the client is told
 VERDICT_S = 1.0             # how long a broken request waits for the keeper to say why
@@ -90,6 +90,7 @@ class Router:
         self.relays = Relays(manager.settings.relays) if manager.settings.relays else None
         self.limits = limits.Limits()
         self._upstream = Upstream(manager.settings.threads)
+        self.started_at = int(time.time())
         self._lock = threading.Lock()
         self._response_owner: OrderedDict[str, str] = OrderedDict()
 
@@ -118,8 +119,8 @@ class Router:
         owner = self._owner(wanted.previous_response_id) if wanted.previous_response_id else None
         with_id = self._remember if path == "/v1/responses" else None
         comments = wanted.stream and path in commented.STREAMING and self.manager.settings.loading_comments
-        return self._forward(incoming, path, body, lambda: self._backends(wanted.model), prefer=owner,
-                             what=wanted.model, with_id=with_id, comments=comments)
+        return self._forward(incoming, path, body, self._model(wanted.model), prefer=owner, with_id=with_id,
+                             comments=comments)
 
     def to_instance(self, incoming: Request, instance_id: str, path: str) -> Response:
         """Forward to this instance, whatever the body says; waits while it loads."""
@@ -129,11 +130,11 @@ class Router:
         if paths.is_confusing(path):
             raise BadRequest("the path holds dot segments, empty segments or control characters", param="path",
                              code="invalid_path")
+        goal = self._instance(instance_id)
         limits.check_model(_key(incoming), self.manager.get(instance_id).names)
         if wants_upgrade(incoming.headers.get("Connection", ""), incoming.headers.get("Upgrade", "")):
-            return self._upgrade(incoming, path, lambda: self._one(instance_id), f"instance {instance_id}")
-        body = self.read_body(incoming)
-        return self._forward(incoming, path, body, lambda: self._one(instance_id), what=f"instance {instance_id}")
+            return self._upgrade(incoming, path, goal)
+        return self._forward(incoming, path, self.read_body(incoming), goal)
 
     def to_response_owner(self, incoming: Request, response_id: str, path: str) -> Response:
         """Forward to the instance that made this response; one that is not remembered is asked for everywhere."""
@@ -143,8 +144,7 @@ class Router:
         ready = [view.id for view in self.manager.snapshot()
                  if view.state is State.READY and (key is None or key.may_use(view.names))]
         for instance_id in [owner] if owner in ready else ready:
-            answer = self._forward(incoming, path, body, lambda one=instance_id: self._one(one),  # type: ignore[misc]
-                                   what=f"instance {instance_id}")
+            answer = self._forward(incoming, path, body, self._instance(instance_id))
             if answer.status_code != 404:
                 self._note_owner(response_id, instance_id)
                 return answer
@@ -186,7 +186,7 @@ class Router:
                                  code="missing_model")
             model = running[0].names[0]
         limits.check_model(_key(incoming), [model])
-        return self._upgrade(incoming, paths.REALTIME, lambda: self._backends(model), model)
+        return self._upgrade(incoming, paths.REALTIME, self._model(model))
 
     def adapter(self, incoming: Request, path: str) -> Response:
         """Load or unload a LoRA adapter in the engine of the model that the body names; its name then routes there."""
@@ -194,8 +194,7 @@ class Router:
         wanted = requested_model.find(incoming.headers.get("Content-Type", ""), body)
         name = str(orjson.loads(body).get("lora_name", ""))
         owners: list[str] = []
-        answer = self._forward(incoming, path, body, lambda: self._backends(wanted.model), what=wanted.model,
-                               with_owner=owners.append)
+        answer = self._forward(incoming, path, body, self._model(wanted.model), with_owner=owners.append)
         if answer.status_code == 200 and owners:
             view = self.manager.get(owners[0])
             others = tuple(known for known in view.names if known != name)
@@ -204,14 +203,13 @@ class Router:
 
     # --- one exchange ---------------------------------------------------------------------------------------------
 
-    def _forward(self, incoming: Request, path: str, body: bytes | bytearray,
-                 backends: Callable[[], list[Candidate]], *, what: str, prefer: str | None = None,
-                 with_id: Callable[[bytes, str], None] | None = None,
+    def _forward(self, incoming: Request, path: str, body: bytes | bytearray, goal: Goal, *,
+                 prefer: str | None = None, with_id: Callable[[bytes, str], None] | None = None,
                  with_owner: Callable[[str], None] | None = None, comments: bool = False) -> Response:
         """`comments`: an event stream is asked for, whose client may be told of a long wait."""
         outgoing = _outgoing(incoming, path, body)
         watched = self.watch.add(outgoing.client)
-        waiter = self._waiter(what, backends, watched, prefer)
+        waiter = self._waiter(goal, watched, prefer)
         try:
             for _ in range(PICKS):
                 lease = waiter.lease(within_s=commented.AFTER_S if comments else None)
@@ -224,15 +222,14 @@ class Router:
                     return self._exchange(outgoing, lease, watched, with_id)
                 except ConnectionRefused:   # nothing was sent
                     waiter.pause()
-            raise UpstreamError(f"{what} takes no connections although it should be ready; try again later")
+            raise UpstreamError(f"{goal.what} takes no connections although it should be ready; try again later")
         except BaseException:
             waiter.close()
             watched.close()
             raise
 
-    def _waiter(self, what: str, backends: Callable[[], list[Candidate]], watched: Watched,
-                prefer: str | None = None) -> Waiter:
-        return Waiter(self.manager, what, backends, watched, prefer=prefer,
+    def _waiter(self, goal: Goal, watched: Watched, prefer: str | None = None) -> Waiter:
+        return Waiter(self.manager, goal, watched, prefer=prefer,
                       patience_s=self.manager.settings.request_queue_timeout_s)
 
     def _commented(self, outgoing: Outgoing, path: str, waiter: Waiter, watched: Watched,
@@ -249,13 +246,13 @@ class Router:
         stream = commented.CommentedStream(waiter, open_stream, watched, path)
         return EngineResponse(stream, status=200, headers=commented.HEADERS, direct_passthrough=True)
 
-    def _upgrade(self, incoming: Request, path: str, backends: Callable[[], list[Candidate]], what: str) -> Response:
+    def _upgrade(self, incoming: Request, path: str, goal: Goal) -> Response:
         upgrade = incoming.headers.get("Upgrade", "")
         if not wants_upgrade(incoming.headers.get("Connection", ""), upgrade) or incoming.method != "GET":
             raise UpgradeRequired(f"{path[:80]} is a WebSocket: send GET with Connection: Upgrade")
         client = incoming.environ["gunicorn.socket"]
         watched = self.watch.add(client)
-        waiter = self._waiter(what, backends, watched)
+        waiter = self._waiter(goal, watched)
         try:
             lease = waiter.lease()
         finally:
@@ -335,18 +332,34 @@ class Router:
             self.manager.wait_for_change(0.05)
         return lease.cut_error or error
 
-    def _backends(self, model: str) -> list[Candidate]:
-        candidates = self.manager.candidates(model)
-        if not candidates:
-            names = self.manager.model_names()
-            listed = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-            raise ModelNotFound(f"the model {model[:256]!r} is not active. Active: {listed or 'none'}. Start one with "
-                                "POST /instances", param="model")
-        return candidates
+    def _model(self, name: str) -> Goal:
+        """What is configured and not there is loaded for it."""
+        def backends() -> list[Candidate]:
+            candidates = self.manager.demand(name)
+            if not candidates:
+                raise ModelNotFound(self._not_here(name), param="model")
+            return candidates
 
-    def _one(self, instance_id: str) -> list[Candidate]:
-        view = self.manager.get(instance_id)
-        return [Candidate(view.id, view.state, view.in_flight)]
+        return Goal(name, name, backends)
+
+    def _instance(self, instance_id: str) -> Goal:
+        """Raises NotFound."""
+        def backends() -> list[Candidate]:
+            view = self.manager.get(instance_id)
+            return [Candidate(view.id, view.state, view.in_flight)]
+
+        return Goal(f"instance {instance_id}", self.manager.get(instance_id).names[0], backends)
+
+    def _not_here(self, name: str) -> str:
+        entry = self.manager.settings.catalog.find(name)
+        if entry is not None:
+            return (f"the model {name[:256]!r} is not loaded, and AUTO_LOAD is off: POST /admin/models/{entry.id}/load "
+                    "loads it")
+        names = self.manager.model_names()
+        names += [known for one in self.manager.loadable() for known in one.names if known not in names]
+        listed = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+        return (f"there is no model {name[:256]!r} here. There are: {listed or 'none'}. Add it to config.yaml, or "
+                "start it with POST /instances")
 
     # --- which instance made a response ---------------------------------------------------------------------------
 
@@ -454,30 +467,3 @@ def cancel_response(response_id: str) -> Response:
 @limited
 def proxy(instance_id: str, path: str) -> Response:
     return _router().to_instance(request, instance_id, "/" + path)
-
-
-@blueprint.get("/v1/models")
-def list_models() -> Response:
-    entries: dict[str, dict[str, Any]] = {}
-    key = _key(request)
-    for view in _router().manager.snapshot():
-        for name in view.names:
-            if key is not None and not key.may_use([name]):
-                continue
-            entry = entries.setdefault(name, {
-                "id": name, "object": "model", "created": int(view.created_at), "owned_by": "vllm-server",
-                "root": view.spec.model, "status": str(view.state), "instances": []})
-            entry["instances"].append({"id": view.id, "status": str(view.state)})
-            if view.state is State.READY:
-                entry["status"] = str(view.state)
-    return jsonify(object="list", data=sorted(entries.values(), key=lambda entry: entry["id"]))
-
-
-@blueprint.get("/v1/models/<path:name>")
-def get_model(name: str) -> Response:
-    models = list_models().get_json()["data"]
-    for entry in models:
-        if entry["id"] == name or "/" + name == entry["id"]:
-            return jsonify(entry)
-    raise ModelNotFound(f"the model {name[:256]!r} is not active. Active: "
-                        f"{', '.join(_router().manager.model_names()[:20]) or 'none'}", param="model")

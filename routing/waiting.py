@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Protocol
+from contextlib import AbstractContextManager, ExitStack, suppress
+from typing import NamedTuple, Protocol
 
 from errors import LoadFailed, ManagerError, NotFound, NotReady, StartTimeout
 from instances.instance import ACTIVE, Candidate, InstanceView, Lease, Problem, State
@@ -29,26 +29,31 @@ class Manager(Protocol):
 
     def problem_of(self, instance_id: str) -> tuple[State, Problem | None, str] | None: ...
 
-    def start_deadline_s(self, instance_id: str) -> float: ...
-
     def get(self, instance_id: str) -> InstanceView: ...
+
+    def queue(self, name: str) -> AbstractContextManager[None]: ...
+
+
+class Goal(NamedTuple):
+    """What a request is for: a model, or one instance."""
+
+    what: str                                   # as messages call it
+    name: str                                   # the model's, whose queue it waits in
+    backends: Callable[[], list[Candidate]]     # who could serve it now; raises where nobody ever will
 
 
 class Waiter:
-    """`what` is called so in messages.  `backends` says who could serve it now, or raises: there is no such model.
+    """It enters the queue when there is something to wait for, and leaves it in `close`.
 
-    `queue` bounds how many wait; it is entered when there is something to wait for, and left in `close`.  `patience_s`
-    None: as long as the slowest of the backends may take to start.
+    `patience_s` None: as long as the slowest of the backends may take to start, from when its start begins.
     """
 
-    def __init__(self, manager: Manager, what: str, backends: Callable[[], list[Candidate]], watched: Watched, *,
-                 queue: Callable[[], AbstractContextManager[object]] = nullcontext, prefer: str | None = None,
+    def __init__(self, manager: Manager, goal: Goal, watched: Watched, *, prefer: str | None = None,
                  patience_s: float | None = None) -> None:
-        self.what = what
+        self.what = goal.what
         self._manager = manager
-        self._backends = backends
+        self._goal = goal
         self._watched = watched
-        self._queue = queue
         self._queued = ExitStack()
         self._prefer = prefer
         self._patience_s = patience_s
@@ -58,11 +63,12 @@ class Waiter:
     def lease(self, within_s: float | None = None) -> Lease | None:
         """A lease on a ready backend; None when `within_s` seconds are over and none is ready.
 
-        Raises what `backends` and `queue` raise, LoadFailed with the cause, StartTimeout, ClientLeft, ShuttingDown.
+        Raises what the goal's `backends` raises, QueueFull, LoadFailed with the cause, StartTimeout, ClientLeft,
+        ShuttingDown.
         """
         until = None if within_s is None else time.monotonic() + within_s
         while True:
-            self._candidates = self._backends()
+            self._candidates = self._goal.backends()
             chosen = balancer.pick(self._candidates, self._prefer)
             if chosen is not None:
                 try:
@@ -72,8 +78,10 @@ class Waiter:
             raise_if_failed(self._manager, self._candidates, self.what)
             now = time.monotonic()
             if self._deadline is None:
-                self._queued.enter_context(self._queue())
-                self._deadline = now + self._patience(self._candidates)
+                self._queued.enter_context(self._manager.queue(self._goal.name))
+                self._deadline = now + self._patience()
+            elif self._patience_s is None and self._not_begun():
+                self._deadline = now + self._patience()
             if now >= self._deadline:
                 raise StartTimeout(f"{self.what} is still loading; GET /instances shows how far it is",
                                    retry_after_s=10)
@@ -94,28 +102,28 @@ class Waiter:
 
     def progress(self) -> tuple[str, float | None]:
         """What the backend that is nearest to serving does now, and how far it is (0 to 1) where that is known."""
-        views = []
-        for one in self._candidates:
-            try:
-                views.append(self._manager.get(one.id))
-            except NotFound:
-                continue
-        coming = [view for view in views if view.state in ACTIVE]
+        coming = [view for view in self._views() if view.state in ACTIVE]
         if not coming:
             return "waiting", None
         best = max(coming, key=lambda view: view.progress or 0.0)
         return best.phase or str(best.state), best.progress
 
-    def _patience(self, candidates: Sequence[Candidate]) -> float:
+    def _patience(self) -> float:
         if self._patience_s is not None:
             return self._patience_s
-        deadlines = []
-        for one in candidates:
-            try:
-                deadlines.append(self._manager.start_deadline_s(one.id))
-            except NotFound:
-                continue
-        return max(deadlines, default=LOOK_S)
+        return max((view.spec.start_timeout_s for view in self._views()), default=LOOK_S)
+
+    def _not_begun(self) -> bool:
+        """Whether all that could serve it are still waiting for their place: others have their turn."""
+        coming = [view for view in self._views() if view.state in ACTIVE]
+        return bool(coming) and all(view.state is State.STARTING and view.pid is None for view in coming)
+
+    def _views(self) -> list[InstanceView]:
+        views = []
+        for one in self._candidates:
+            with suppress(NotFound):
+                views.append(self._manager.get(one.id))
+        return views
 
 
 def raise_if_failed(manager: Manager, candidates: Sequence[Candidate], what: str) -> None:

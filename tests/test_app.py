@@ -17,18 +17,21 @@ import errors
 from app import Deps, create_app, is_simulated
 from config import Difference, Settings, load_settings
 from configuration.keys import parse_keys
+from instances.demand import Loadable
 from instances.instance import InstanceSpec, InstanceView, Problem, State
 from routing.upstream import ClientLeft
-from web.admin import hide_secrets
 from web.reloader import Reloaded
+from web.shown import hide_secrets
 
 SPEC = InstanceSpec("org/m", ("alias", "org/m"), {"dtype": "auto", "hf_token": "hf_secret"}, {"hf_token": "hf_secret"},
-                    600.0, 600.0)
+                    600.0, 600.0, sleep_level=1, stop_after_s=60.0, env={"DB_PASSWORT": "x"}, memory_bytes=5,
+                    priority=3, pinned=True, config_id="alias")
 VIEW = InstanceView(
     id="ab12cd34", spec=SPEC, names=("alias", "org/m"), state=State.READY, why="health answered", phase="ready",
     progress=1.0, port=9000, pid=42, devices=(0,), memory_planned_bytes=None, memory_measured_bytes=7, in_flight=1,
     created_at=1000.5, last_used_at=1001.5, expires_in_s=599.0, restarts=2, retry_in_s=None, log_path="/nowhere",
-    last_error=Problem("engine_died", "it died", "a line", suggestion={"max_model_len": 8}), engine={})
+    last_error=Problem("engine_died", "it died", "a line", suggestion={"max_model_len": 8}), engine={},
+    because="GPU 0: room")
 
 
 @dataclass
@@ -61,6 +64,9 @@ class FakeManager:
 
     def model_names(self) -> list[str]:
         return [name for view in self.views for name in view.names]
+
+    def loadable(self) -> list[Loadable]:
+        return []
 
     def in_flight(self) -> int:
         return 3
@@ -219,9 +225,11 @@ def test_load_is_vllms(client: FlaskClient) -> None:
 def test_an_instance_as_people_see_it(client: FlaskClient) -> None:
     assert client.get("/instances/ab12cd34").get_json() == {
         "id": "ab12cd34", "object": "instance", "model_name": "org/m", "aliases": ["alias"], "status": "ready",
-        "because": "health answered", "phase": "ready", "progress": 1.0, "port": 9000, "pid": 42, "gpus": [0],
-        "memory": {"planned_bytes": None, "measured_bytes": 7}, "params": {"hf_token": "***"},
-        "flags": {"dtype": "auto", "hf_token": "***"}, "timeout": 600.0, "expires_in": 599.0, "in_flight": 1,
+        "why": "health answered", "because": "GPU 0: room", "phase": "ready", "progress": 1.0, "port": 9000, "pid": 42,
+        "gpus": [0], "memory": {"planned_bytes": None, "measured_bytes": 7, "configured_bytes": 5},
+        "params": {"hf_token": "***"}, "flags": {"dtype": "auto", "hf_token": "***"}, "env": ["DB_PASSWORT"],
+        "sleep": 1, "asleep": None, "stop_after": 60.0, "priority": 3, "pinned": True, "configured_as": "alias",
+        "timeout": 600.0, "expires_in": 599.0, "in_flight": 1,
         "created": 1000, "last_used": 1001, "restarts": 2, "retry_in": None, "engine": {}, "simulated": False,
         "last_error": {"code": "engine_died", "message": "it died", "detail": "a line",
                        "suggestion": {"max_model_len": 8}}}

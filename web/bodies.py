@@ -18,7 +18,7 @@ from routing.upstream import ClientLeft
 MAX_BODY_BYTES = 1 << 20
 MAX_MODEL_NAME = 512
 LONGEST_S = 1e9
-CREATE_FIELDS = ("model_name", "timeout", "start_timeout", "params", "wait", "replace", "new")
+CREATE_FIELDS = ("model_name", "timeout", "start_timeout", "params", "wait", "replace", "new", "sleep", "stop_after")
 
 
 def json_object(request: Request, known: Collection[str]) -> dict[str, Any]:
@@ -73,7 +73,8 @@ def create_request(body: dict[str, Any]) -> tuple[CreateRequest, bool]:
     request = CreateRequest(
         model=model_name(body), params=check_params({} if params is None else params, param="params"),
         timeout_s=seconds(body, "timeout", zero=True), start_timeout_s=seconds(body, "start_timeout", zero=False),
-        replace=boolean(body, "replace"), new=boolean(body, "new"))
+        replace=boolean(body, "replace"), new=boolean(body, "new"), sleep_level=sleep_level(body, "sleep", off=True),
+        stop_after_s=seconds(body, "stop_after", zero=False))
     if request.replace and request.new:
         raise BadRequest("\"replace\" and \"new\" exclude each other", param="new")
     return request, boolean(body, "wait")
@@ -110,4 +111,16 @@ def boolean(body: dict[str, Any], field: str) -> bool:
     value = body.get(field, False)
     if not isinstance(value, bool):
         raise BadRequest(f"\"{field}\" must be true or false", param=field)
+    return value
+
+
+def sleep_level(body: dict[str, Any], field: str, *, off: bool) -> int | None:
+    """1 or 2, and 0 for "off" where that has a meaning; None: nothing is said."""
+    value = body.get(field)
+    if value is None:
+        return None
+    if off and (value == "off" or value is False):
+        return 0
+    if isinstance(value, bool) or not isinstance(value, int) or value not in ((0, 1, 2) if off else (1, 2)):
+        raise BadRequest(f"\"{field}\" must be 1 or 2" + (", or 0 or \"off\" for never" if off else ""), param=field)
     return value
