@@ -66,7 +66,8 @@ class CommentedStream:
 
     def _tell(self) -> Iterator[bytes]:
         try:
-            yield self._comment()
+            expected_s = self._waiter.expected_s()
+            yield self._comment("" if expected_s is None else f" (took {expected_s:.0f} s before)")
             yield from self._answer()
         except ClientLeft:
             raise ConnectionResetError(errno.ECONNRESET, "the client has left") from None
@@ -91,10 +92,10 @@ class CommentedStream:
             return
         raise UpstreamError(f"{self._waiter.what} takes no connections although it should be ready; try again later")
 
-    def _comment(self) -> bytes:
+    def _comment(self, more: str = "") -> bytes:
         phase, progress = self._waiter.progress()
         done = "" if progress is None else f" {progress:.0%}"
-        text = f"loading {self._waiter.what} {phase}{done}"
+        text = f"loading {self._waiter.what} {phase}{done}{more}"
         # A line's end in a name would end the comment.
         return f": {''.join(char if char.isprintable() else '?' for char in text)}\n\n".encode(errors="replace")
 

@@ -33,6 +33,8 @@ class Manager(Protocol):
 
     def queue(self, name: str) -> AbstractContextManager[None]: ...
 
+    def expected_start_s(self, name: str) -> float | None: ...
+
 
 class Goal(NamedTuple):
     """What a request is for: a model, or one instance."""
@@ -107,6 +109,10 @@ class Waiter:
             return "waiting", None
         best = max(coming, key=lambda view: view.progress or 0.0)
         return best.phase or str(best.state), best.progress
+
+    def expected_s(self) -> float | None:
+        """How long such a wait took before."""
+        return self._manager.expected_start_s(self._goal.name)
 
     def _patience(self) -> float:
         if self._patience_s is not None:

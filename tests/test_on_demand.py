@@ -184,6 +184,32 @@ def test_the_models_and_what_becomes_of_one(daemon: Daemon) -> None:
     assert daemon.instances() == []
 
 
+def test_a_plan_does_nothing(daemon: Daemon) -> None:
+    plan = daemon.get("/admin/models/uno/plan")
+    assert plan.status == 200, plan
+    assert (plan.json["object"], plan.json["model"], plan.json["fits"]) == ("plan", "org/one", True)
+    assert (plan.json["sleep"], plan.json["stop"]) == ([], [])
+    assert plan.json["because"]
+    assert daemon.instances() == []
+    assert daemon.get("/admin/models/nothing/plan").error["code"] == "model_not_found"
+
+
+def test_a_plan_tells_who_would_go(tmp_path: Path) -> None:
+    with running(tmp_path, {name: entry(model_path=f"org/{name}", memory_mb=64) for name in ("a", "b")},
+                 {"HOST_MEMORY_BUDGET_MB": "100", "RESERVED_MEMORY_MB": "0"}) as daemon:
+        assert chat(daemon, "a").status == 200
+        [one] = daemon.instances()
+        wait_until(lambda: daemon.get("/admin/models/b/plan").json["fits"])     # it stays for a moment
+        plan = daemon.get("/admin/models/b/plan").json
+        assert (plan["fits"], plan["stop"], plan["source"]) == (True, [{"id": one["id"], "model": "a"}], "memory_mb")
+        assert plan["bytes_per_gpu"] == 64 << 20
+        assert chat(daemon, "b").status == 200
+        [other] = daemon.instances()
+        assert other["model_name"] == "org/b" and "a" in other["because"]
+        took = daemon.get("/admin/models/a/plan").json["seconds_expected"]
+        assert took is not None and took > 0
+
+
 def test_a_load_goes_on_without_who_asked(daemon: Daemon) -> None:
     answer = daemon.post("/admin/models/slow/load")
     assert (answer.status, answer.json["status"]) == (202, "starting")

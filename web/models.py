@@ -75,6 +75,21 @@ def get_configured(name: str) -> Response:
     return _shown(_configured(name))
 
 
+@blueprint.get("/admin/models/<path:name>/plan")
+def plan(name: str) -> Response:
+    """What a load would do, without doing it."""
+    manager = asked.manager()
+    report = manager.plan_for(name)
+    models = {view.id: view.names[0] for view in manager.snapshot()}
+
+    def shown(ids: Iterable[str]) -> list[dict[str, str | None]]:
+        return [{"id": id_, "model": models.get(id_)} for id_ in ids]
+
+    return jsonify(object="plan", model=_configured(name).id, fits=report.fits, gpus=list(report.devices),
+                   bytes_per_gpu=report.bytes_per_device, source=report.source, sleep=shown(report.sleep),
+                   stop=shown(report.stop), seconds_expected=report.seconds_expected, because=report.because)
+
+
 @blueprint.post("/admin/models/<path:name>/load")
 def load(name: str) -> tuple[Response, int]:
     """200 when it is ready, 202 while it loads; with `wait` when it is ready, or the cause of its failure."""
