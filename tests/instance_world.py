@@ -95,6 +95,7 @@ class FakeEngine:
     stays_asleep: bool = False          # though it says that it woke
 
     ended_at: float | None = None
+    launched_at: float = 0.0
 
     def held_on(self, device: gpu.Device) -> int:
         """What it has of this GPU: the share that it was told, and little of that while it sleeps."""
@@ -177,6 +178,8 @@ class FakeEngine:
         if path == "/is_sleeping":
             return probe.Answer(200, json.dumps({"is_sleeping": self.asleep > 0}).encode())
         self.world.note(self, path)
+        if path.startswith(("/sleep?", "/wake_up")):
+            self.world.check_turns(self)
         if path.startswith("/sleep?"):
             self.world.check_not_serving(self)
             assert path.endswith("&mode=wait")
@@ -185,6 +188,7 @@ class FakeEngine:
             return None if self.sleep_status is None else probe.Answer(self.sleep_status)
         if self.wake_status == 200 and not self.stays_asleep and path in ("/wake_up", "/wake_up?tags=kv_cache"):
             self.asleep = 0
+            self.world.devices.assert_not_over()
         return None if self.wake_status is None else probe.Answer(self.wake_status)
 
 
@@ -223,7 +227,8 @@ class FakeLauncher:
         # One that cannot be killed is let go in the end; in the world outside, its port shows that it is taken.
         others = [one for one in self.world.engines if one.alive and not one.immortal]
         assert port not in [one.port for one in others], "two engines on one port"
-        engine = FakeEngine(spec, self.world, pid=1000 + len(self.world.engines), port=port)
+        engine = FakeEngine(spec, self.world, pid=1000 + len(self.world.engines), port=port,
+                            launched_at=self.world.now)
         self.world.check_turns(engine)
         self.world.engines.append(engine)
         self.world.note(engine, "launched")
@@ -386,11 +391,12 @@ class World:
             self.stopped_while_serving = True
 
     def check_turns(self, engine: FakeEngine) -> None:
-        """No two engines start on one GPU at a time."""
+        """No engine starts, falls asleep or wakes on a GPU while another one starts there."""
         mine = set(filter(None, engine.spec.env.get("CUDA_VISIBLE_DEVICES", "").split(",")))
         for other in self.engines:
             instance = self.manager._instances.get(other.spec.instance_id)
-            if other.alive and not other.immortal and instance is not None and instance.state is State.STARTING:
+            if (other is not engine and other.alive and not other.immortal and instance is not None
+                    and instance.state is State.STARTING):
                 assert mine.isdisjoint(other.spec.env.get("CUDA_VISIBLE_DEVICES", "").split(",")), "two starts at once"
 
     def assert_nothing_left(self) -> None:
