@@ -115,6 +115,7 @@ class InstanceManager(Demand):
     def sleep(self, instance_id: str, level: int | None = None) -> InstanceView:
         """Begin to put it to sleep: no request enters any more, those in flight end first.  `level` 1 or 2; None: as
         it was made for.  Nothing happens to one that sleeps or is about to.  Raises NotFound, Conflict."""
+        host_bytes = self.resources.sleep_host_bytes()
         with self._changed:
             instance = self._find(instance_id)
             if not instance.spec.sleep_level:
@@ -122,7 +123,12 @@ class InstanceManager(Demand):
                                "create it with \"sleep\": 1 (or 2), or set `sleep` in its entry of config.yaml",
                                code="not_sleepable", param="instance_id")
             if instance.state is State.READY:
-                self._begin_sleep(instance, level or instance.spec.sleep_level, "told to sleep")
+                level = level or instance.spec.sleep_level
+                if level == 1 and not self._make_host_room(instance, host_bytes):
+                    raise Conflict(f"the weights of instance {instance_id} do not fit into the host's RAM beside those "
+                                   "of other sleepers: raise SLEEP_HOST_MEMORY_MB, or let it sleep at level 2",
+                                   code="no_host_memory", param="instance_id")
+                self._begin_sleep(instance, level, "told to sleep")
             elif instance.state not in (State.FALLING_ASLEEP, State.SLEEPING):
                 raise Conflict(f"instance {instance_id} is {instance.state}: only a ready one can be put to sleep",
                                code="not_ready", param="instance_id")

@@ -291,7 +291,8 @@ class Keeper:
             self._save(now)     # a daemon that dies now must know that its engine was told
             assert instance.port is not None
             self._registry.note_phase(instance, "falling_asleep")
-            self._tenancy.falls_asleep()
+            self._tenancy.falls_asleep(adopted=self._was is State.FALLING_ASLEEP)
+            self._was = State.READY
             self._talk = Talk(sleeping.put_to_sleep(
                 instance.port, instance.asleep_level, self._tenancy.settled()), now)
         elif not self._lives(now):

@@ -134,9 +134,11 @@ class Tenancy:
 
     # --- asleep, and out ------------------------------------------------------------------------------------------
 
-    def falls_asleep(self) -> None:
-        """Before its engine is told."""
-        self._held_awake = self._instance.held_on
+    def falls_asleep(self, *, adopted: bool) -> None:
+        """Before its engine is told.  What it held awake cannot be measured when an earlier daemon told it already."""
+        one = self._instance
+        planned = dict.fromkeys(one.devices, one.memory_planned_bytes or 0)
+        self._held_awake = planned if adopted else one.held_on
 
     def fell_asleep(self, pids: Collection[int], now: float) -> str | None:
         """Note what it holds now; the problem when that is as much as before."""
@@ -145,12 +147,12 @@ class Tenancy:
         self._rooms.note_memory(one, held)
         if held is None or not self._resources.on_gpus:
             return None
+        host_bytes = one.host_bytes if one.asleep_level == 1 else 0
         had, has = sum((self._held_awake or {}).values()), sum(held.values())
         if has > had * (1 - FREED_SHARE):
             return f"it has freed {max(0, had - has) / GIB:.1f} of {had / GIB:.1f} GiB only"
-        self._resources.learn_sleep(one, held, one.host_bytes, now)
-        self._rooms.note_known(one, reload_s=one.reload_s, wake_s=one.wake_s, asleep_on=held,
-                               host_bytes=one.host_bytes)
+        self._resources.learn_sleep(one, held, host_bytes, now)
+        self._rooms.note_known(one, reload_s=one.reload_s, wake_s=one.wake_s, asleep_on=held, host_bytes=host_bytes)
         return None
 
     def woke(self, seconds: float, now: float) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from errors import NoRoom
+from errors import Conflict, NoRoom
 from instances.instance import InstanceView, State
 from instances.rooms import HOPELESS_S
 from instances.tenancy import MEMORY_WAIT_S
@@ -333,6 +333,15 @@ def test_one_too_large_for_the_hosts_ram_is_stopped(tmp_path: Path, monkeypatch:
     world.served("a")
     world.step(11.0)
     assert state(world, "a") is State.STOPPING
+
+
+def test_a_sleep_by_hand_keeps_to_it_too(tmp_path: Path, monkeypatch: Patch) -> None:
+    world = world_of(tmp_path, monkeypatch, {"a": {**LARGE, "sleep": 1}}, SLEEP_HOST_MEMORY_MB=1024)
+    a = world.served("a")
+    with pytest.raises(Conflict) as refused:
+        world.manager.sleep(a.id)
+    assert refused.value.code == "no_host_memory" and "SLEEP_HOST_MEMORY_MB" in refused.value.message
+    assert world.manager.sleep(a.id, level=2).state is State.FALLING_ASLEEP
 
 
 def test_the_places_for_instances_are_given_in_turn_too(tmp_path: Path, monkeypatch: Patch) -> None:

@@ -394,17 +394,19 @@ def test_one_that_was_awake_is_found_awake(world: World) -> None:
     assert (world.view(view).state, world.view(view).asleep_level) == (State.READY, 0)
 
 
-def test_one_that_was_told_to_sleep_goes_on_with_it(world: World) -> None:
-    """The daemon died between its question and the answer: the engine may sleep a moment later."""
+@pytest.mark.parametrize("already", [False, True])
+def test_one_that_was_told_to_sleep_goes_on_with_it(world: World, already: bool) -> None:
+    """The daemon died between its question and the answer: the engine may sleep a moment later, or does so already."""
+    world.devices.devices = (cuda(0),)
     view, engine = sleepy(world)
     engine.sleep_status = None
     world.manager.sleep(view.id)
     world.step(0.1)
     record = world.record(view)
     assert record is not None and (record["state"], record["asleep_level"]) == ("falling_asleep", 1)
-    engine.sleep_status = 200
+    engine.sleep_status, engine.asleep = 200, int(already)
     taken_over(world, engine, view)
-    world.step(0.1, times=3)
+    world.step(0.1, times=4)
     assert (world.view(view).state, engine.asleep) == (State.SLEEPING, 1)
 
 
