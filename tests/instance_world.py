@@ -94,15 +94,13 @@ class FakeEngine:
     wake_status: int | None = 200
     stays_asleep: bool = False          # though it says that it woke
 
-    ended_at: float | None = None
+    free_at: float = 0.0                # what it held is free, once it is dead
     launched_at: float = 0.0
 
     def held_on(self, device: gpu.Device) -> int:
         """What it has of this GPU: the share that it was told, and little of that while it sleeps."""
-        lag_s = self.world.devices.lag_s
         visible = self.spec.env.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        if device.kind != "cuda" or device.uuid not in visible or not (
-                self.alive or (self.ended_at is not None and self.world.now < self.ended_at + lag_s)):
+        if device.kind != "cuda" or device.uuid not in visible or not (self.alive or self.world.now < self.free_at):
             return 0
         share = self.flag("--gpu-memory-utilization", "0.92")
         return GIB if self.asleep else math.ceil(device.total_bytes * float(share))
@@ -147,7 +145,7 @@ class FakeEngine:
 
     def _ends(self, alive: bool) -> None:
         if self.alive and not alive:
-            self.ended_at = self.world.now
+            self.free_at = self.world.now + self.world.devices.lag_s
         self.alive = alive
 
     def dies(self, code: int = 1, says: str = "") -> None:
