@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable
@@ -42,7 +43,7 @@ class Reloader:
         self.problem: str | None = None
 
     def reload(self) -> Reloaded:
-        """Raises BadRequest when the files are bad; the old settings stay in force."""
+        """Raises BadRequest when the files are bad; the old settings stay in force.  The log tells either."""
         with self._reloading:
             self._watch.note()
             try:
@@ -50,23 +51,24 @@ class Reloader:
                 self._check_still_there(settings)
             except ConfigError as error:
                 self.problem = str(error)
-                raise BadRequest(f"not reloaded, the old settings stay: {error}", code="bad_config") from None
+                refusal = BadRequest(f"not reloaded, the old settings stay: {error}", code="bad_config")
+                log.error("%s", refusal.message)
+                raise refusal from None
             self.problem = None
             models = diff(self._manager.settings.catalog, settings.catalog)
-            return Reloaded(tuple(self._manager.reconfigure(settings)), models)
-
-    def reload_and_log(self) -> None:
-        try:
-            reloaded = self.reload()
-        except BadRequest as error:
-            log.error("%s", error.message)
-        else:
+            reloaded = Reloaded(tuple(self._manager.reconfigure(settings)), models)
             log.info("settings reloaded; %s", reloaded)
+            return reloaded
+
+    def try_reload(self) -> None:
+        """Nobody waits for an answer."""
+        with contextlib.suppress(BadRequest):
+            self.reload()
 
     def tick(self, now: float) -> None:
         """Every EVERY_S seconds: reload when config.yaml has changed and is written to no more."""
         if self._watch.changed():
-            self.reload_and_log()
+            self.try_reload()
 
     def _check_still_there(self, settings: Settings) -> None:
         """Who removes the file by mistake, or for the moment between two writes, does not mean to stop every model."""
