@@ -31,7 +31,8 @@ def device(index: int = 0, *, total: int = 80 * GIB, used: int = 0, **fields: ob
 
 def instance(identity: str = "abcd1234", *, held: int | None = None, gpus: tuple[int, ...] = (0,),
              status: str = "ready", **fields: object) -> Any:
-    return {"id": identity, "model_name": "org/model", "aliases": [], "status": status, "because": "health answered",
+    return {"id": identity, "model_name": "org/model", "aliases": [], "status": status, "why": "health answered",
+            "because": None,
             "phase": None, "progress": None, "gpus": list(gpus), "in_flight": 0, "created": 1, "expires_in": 605.0,
             "memory": {"planned_bytes": None, "measured_bytes": held}, "restarts": 0, "retry_in": None,
             "last_error": None, **fields}
@@ -95,8 +96,9 @@ def test_a_row_at_80_columns_says_it_all() -> None:
 def test_the_line_below_tells_of_the_chosen_one() -> None:
     error = {"code": "c", "message": "no room", "detail": None, "suggestion": None}
     assert drawing.detail(instance(status="failed", last_error=error)).plain == "no room"
-    loading = instance(status="starting", phase="loading_weights", because="created", restarts=2)
-    assert drawing.detail(loading).plain == "org/model: loading weights; created; restarts: 2"
+    loading = instance(status="starting", phase="loading_weights", why="created", restarts=2,
+                       because="GPU 0 has most room")
+    assert drawing.detail(loading).plain == "org/model: loading weights; created; GPU 0 has most room; restarts: 2"
     assert "SIMULATED" in drawing.headline(Snapshot(0, HEALTH | {"simulated": True}, look().devices, ()), "u").plain
 
 
@@ -124,7 +126,7 @@ def test_a_rate_needs_two_readings_of_one_engine() -> None:
 
 def test_what_changes_is_told_once() -> None:
     error = {"code": "c", "message": "out of memory", "detail": None, "suggestion": None}
-    steps = [look(), look(instance(status="starting", because="created")), look(instance()),
+    steps = [look(), look(instance(status="starting", why="created")), look(instance()),
              look(instance(progress=0.5)), look(instance(status="backoff", last_error=error)), look()]
     told = [event.text for old, new in zip([None, *steps], steps, strict=False) for event in snapshot.changes(old, new)]
     assert told == ["org/model abcd1234 is starting: created", "org/model abcd1234 is ready: health answered",

@@ -11,9 +11,11 @@ from vllm_server_client import calls
 from vllm_server_client.calls import Call
 from vllm_server_client.transport import AsyncTransport
 from vllm_server_client.types import (
+    AuditEntry,
     ChatChunk,
     ChatCompletion,
     Completion,
+    ConfiguredModel,
     Devices,
     Embeddings,
     Health,
@@ -74,6 +76,20 @@ class AsyncVLLMProxyClient(AsyncTransport):
     async def model(self, name: str) -> Model:
         return cast(Model, await self._json(calls.model(name)))
 
+    async def configured_models(self) -> list[ConfiguredModel]:
+        return cast(list[ConfiguredModel], await self._list(Call("GET", "/admin/models")))
+
+    async def configured_model(self, name: str) -> ConfiguredModel:
+        return cast(ConfiguredModel, await self._json(calls.configured(name)))
+
+    async def load(self, name: str, *, wait: bool = False, timeout_s: float | None = None) -> ConfiguredModel:
+        return cast(ConfiguredModel, await self._json(calls.configured(name, "load", timeout_s, wait=wait)))
+
+    async def unload(self, name: str, *, force: bool = False, wait: bool = False,
+                     timeout_s: float | None = None) -> ConfiguredModel:
+        return cast(ConfiguredModel, await self._json(
+            calls.configured(name, "unload", timeout_s, force=force, wait=wait)))
+
     # --- instances ------------------------------------------------------------------------------------------------
 
     async def instances(self) -> list[Instance]:
@@ -84,15 +100,23 @@ class AsyncVLLMProxyClient(AsyncTransport):
 
     async def create_instance(self, model_name: str, params: Mapping[str, Any] | None = None, *,
                               idle_timeout: float | None = None, start_timeout: float | None = None, wait: bool = False,
-                              replace: bool = False, new: bool = False, timeout_s: float | None = None) -> Instance:
+                              replace: bool = False, new: bool = False, sleep: int | None = None,
+                              stop_after: float | None = None, timeout_s: float | None = None) -> Instance:
         return cast(Instance, await self._json(calls.create(
             model_name, params, timeout_s, timeout=idle_timeout, start_timeout=start_timeout, wait=wait,
-            replace=replace, new=new)))
+            replace=replace, new=new, sleep=sleep, stop_after=stop_after)))
 
     async def stop_instance(self, instance_id: str, *, force: bool = False, wait: bool = False,
                             timeout_s: float | None = None) -> Instance:
         return cast(Instance, await self._json(calls.instance(
             instance_id, method="DELETE", force=force, wait=wait, timeout_s=timeout_s)))
+
+    async def sleep_instance(self, instance_id: str, *, level: int | None = None, wait: bool = False,
+                             timeout_s: float | None = None) -> Instance:
+        return cast(Instance, await self._json(calls.tiered(instance_id, "sleep", timeout_s, level=level, wait=wait)))
+
+    async def wake_instance(self, instance_id: str, *, wait: bool = False, timeout_s: float | None = None) -> Instance:
+        return cast(Instance, await self._json(calls.tiered(instance_id, "wake", timeout_s, wait=wait)))
 
     async def logs(self, instance_id: str, *, tail: int | None = None) -> str:
         return (await self._answer(calls.instance(instance_id, "logs", tail=tail))).text
@@ -110,6 +134,9 @@ class AsyncVLLMProxyClient(AsyncTransport):
 
     async def version(self) -> Version:
         return cast(Version, await self._json(Call("GET", "/version")))
+
+    async def audit(self, *, tail: int | None = None) -> list[AuditEntry]:
+        return cast(list[AuditEntry], await self._list(calls.audit(tail)))
 
     async def reload(self) -> Reload:
         return cast(Reload, await self._json(Call("POST", "/admin/reload")))

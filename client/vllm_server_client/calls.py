@@ -125,6 +125,24 @@ def model(name: str) -> Call:
     return Call("GET", f"/v1/models/{_segment(name)}")
 
 
+def configured(name: str, action: str = "", timeout_s: float | None = None, **fields: bool) -> Call:
+    """With an action a POST; `fields` that are False are left out."""
+    path = f"/admin/models/{_segment(name)}{f'/{action}' if action else ''}"
+    if not action:
+        return Call("GET", path)
+    return Call("POST", path, {field: True for field, wanted in fields.items() if wanted}, timeout_s=timeout_s)
+
+
+def tiered(instance_id: str, action: str, timeout_s: float | None, **fields: int | None) -> Call:
+    """sleep and wake; `fields` that are None or False are left out."""
+    given = {name: value for name, value in fields.items() if value is not None and value is not False}
+    return Call("POST", f"/instances/{_segment(instance_id)}/{action}", given, timeout_s=timeout_s)
+
+
+def audit(tail: int | None) -> Call:
+    return Call("GET", "/admin/audit", query={} if tail is None else {"tail": str(tail)})
+
+
 def instance(instance_id: str, action: str = "", *, method: str = "GET", body: Mapping[str, Any] | None = None,
              timeout_s: float | None = None, **query: Any) -> Call:
     """`query` values that are None or False are left out."""

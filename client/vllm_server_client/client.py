@@ -11,9 +11,11 @@ from vllm_server_client import calls
 from vllm_server_client.calls import Call
 from vllm_server_client.transport import Transport
 from vllm_server_client.types import (
+    AuditEntry,
     ChatChunk,
     ChatCompletion,
     Completion,
+    ConfiguredModel,
     Devices,
     Embeddings,
     Health,
@@ -83,6 +85,22 @@ class VLLMProxyClient(Transport):
     def model(self, name: str) -> Model:
         return cast(Model, self._json(calls.model(name)))
 
+    def configured_models(self) -> list[ConfiguredModel]:
+        """The models of the server's config.yaml, with their status."""
+        return cast(list[ConfiguredModel], self._list(Call("GET", "/admin/models")))
+
+    def configured_model(self, name: str) -> ConfiguredModel:
+        return cast(ConfiguredModel, self._json(calls.configured(name)))
+
+    def load(self, name: str, *, wait: bool = False, timeout_s: float | None = None) -> ConfiguredModel:
+        """Load a configured model; with `wait` the answer comes when it is ready, or the cause as ServerError."""
+        return cast(ConfiguredModel, self._json(calls.configured(name, "load", timeout_s, wait=wait)))
+
+    def unload(self, name: str, *, force: bool = False, wait: bool = False,
+               timeout_s: float | None = None) -> ConfiguredModel:
+        """Let its requests finish (`force`: cut them), then stop it.  The next request loads it again."""
+        return cast(ConfiguredModel, self._json(calls.configured(name, "unload", timeout_s, force=force, wait=wait)))
+
     # --- instances ------------------------------------------------------------------------------------------------
 
     def instances(self) -> list[Instance]:
@@ -93,21 +111,31 @@ class VLLMProxyClient(Transport):
 
     def create_instance(self, model_name: str, params: Mapping[str, Any] | None = None, *,
                         idle_timeout: float | None = None, start_timeout: float | None = None, wait: bool = False,
-                        replace: bool = False, new: bool = False, timeout_s: float | None = None) -> Instance:
+                        replace: bool = False, new: bool = False, sleep: int | None = None,
+                        stop_after: float | None = None, timeout_s: float | None = None) -> Instance:
         """Start an instance, or find the one that is active with the same flags.
 
-        `idle_timeout` is the API's `timeout`: seconds without a request until it is stopped.  With `wait` the answer
-        comes when it is ready, or the cause of its failure as ServerError.
+        `idle_timeout` is the API's `timeout`: seconds without a request until it is stopped or, with `sleep` 1 or 2,
+        put to sleep, and stopped after `stop_after` more.  With `wait` the answer comes when it is ready, or the cause
+        of its failure as ServerError.
         """
         return cast(Instance, self._json(calls.create(
             model_name, params, timeout_s, timeout=idle_timeout, start_timeout=start_timeout, wait=wait,
-            replace=replace, new=new)))
+            replace=replace, new=new, sleep=sleep, stop_after=stop_after)))
 
     def stop_instance(self, instance_id: str, *, force: bool = False, wait: bool = False,
                       timeout_s: float | None = None) -> Instance:
         """Let its requests finish (`force`: cut them), then stop it; with `wait` the answer comes when it has gone."""
         return cast(Instance, self._json(calls.instance(
             instance_id, method="DELETE", force=force, wait=wait, timeout_s=timeout_s)))
+
+    def sleep_instance(self, instance_id: str, *, level: int | None = None, wait: bool = False,
+                       timeout_s: float | None = None) -> Instance:
+        """Put it to sleep when its requests have ended: 1 keeps the weights in the host's memory, 2 does not."""
+        return cast(Instance, self._json(calls.tiered(instance_id, "sleep", timeout_s, level=level, wait=wait)))
+
+    def wake_instance(self, instance_id: str, *, wait: bool = False, timeout_s: float | None = None) -> Instance:
+        return cast(Instance, self._json(calls.tiered(instance_id, "wake", timeout_s, wait=wait)))
 
     def logs(self, instance_id: str, *, tail: int | None = None) -> str:
         """The last `tail` lines of the engine's log, 200 if nothing is said."""
@@ -127,6 +155,10 @@ class VLLMProxyClient(Transport):
 
     def version(self) -> Version:
         return cast(Version, self._json(Call("GET", "/version")))
+
+    def audit(self, *, tail: int | None = None) -> list[AuditEntry]:
+        """Who managed what lately, oldest first; 200 entries if nothing is said."""
+        return cast(list[AuditEntry], self._list(calls.audit(tail)))
 
     def reload(self) -> Reload:
         """Make the server read its settings anew; the names of those that changed."""

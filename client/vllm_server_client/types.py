@@ -124,6 +124,7 @@ class Model(TypedDict):
 class InstanceMemory(TypedDict):
     planned_bytes: int | None
     measured_bytes: int | None
+    configured_bytes: int | None
 
 
 class LastError(TypedDict):
@@ -134,12 +135,15 @@ class LastError(TypedDict):
 
 
 class Instance(TypedDict):
+    """`why` it is in its state; `because`: why it stands on these devices."""
+
     id: str
     object: Literal["instance"]
     model_name: str
     aliases: list[str]
     status: str
-    because: str
+    why: str
+    because: str | None
     phase: str | None
     progress: float | None
     port: int | None
@@ -151,6 +155,12 @@ class Instance(TypedDict):
     timeout: float
     expires_in: float | None
     in_flight: int
+    sleep: int
+    asleep: int | None
+    stop_after: float | None
+    priority: int
+    pinned: bool
+    configured_as: str | None
     created: int
     last_used: int
     restarts: int
@@ -158,6 +168,45 @@ class Instance(TypedDict):
     engine: dict[str, Any]
     last_error: LastError | None
     simulated: bool
+
+
+class BriefInstance(TypedDict):
+    id: str
+    status: str
+    phase: str | None
+    progress: float | None
+    gpus: list[int]
+    in_flight: int
+
+
+class Replicas(TypedDict):
+    min: int
+    max: int
+
+
+class ConfiguredModel(TypedDict):
+    """A model of config.yaml.  Times that are None are the server's defaults."""
+
+    id: str
+    object: Literal["model"]
+    model_path: str
+    aliases: list[str]
+    status: str
+    instances: list[BriefInstance]
+    params: dict[str, Any]
+    env: list[str]
+    gpus: int | list[int] | None
+    memory_bytes: int | None
+    param_count: float | None
+    precision: str | None
+    idle_timeout: float | None
+    start_timeout: float | None
+    sleep: int
+    stop_after: float | None
+    preload: bool
+    pinned: bool
+    priority: int
+    replicas: Replicas
 
 
 class DeviceMemory(TypedDict):
@@ -215,6 +264,18 @@ class Version(TypedDict):
     simulated: bool
 
 
+AuditEntry = TypedDict("AuditEntry", {      # "from" is no name for a field of a class
+    "at": float, "who": str, "from": str | None, "method": str, "path": str, "status": int, "code": str | None})
+"""One call to the management.  `at` is wall clock seconds."""
+
+
+class ReloadedModels(TypedDict):
+    added: list[str]
+    removed: list[str]
+    changed: list[str]
+
+
 class Reload(TypedDict):
     object: Literal["reload"]
     changed: list[str]
+    models: ReloadedModels

@@ -63,12 +63,17 @@ def _question(prompt: tuple[str, ...]) -> str | None:
 
 
 def _wait_for(terminal: Terminal, client: VLLMProxyClient, model: str) -> None:
-    """Show how far the model is while it loads.  Who may not look is served without that."""
+    """Load the model if need be, and show how far it is.  Who may not look is served without that.
+
+    What is not there is left to the request, whose answer says so.
+    """
     with suppress(AuthenticationFailed, PermissionDenied, NotFound):
         found = client.model(model)
-        pending = [one for one in found["instances"] if one["status"] in loading.PENDING]
-        if found["status"] != "ready" and pending:
-            loading.until_ready(terminal, client, client.instance(pending[0]["id"]), timeout_s=None)
+        if found["status"] == "ready":
+            return
+        pending = [one["id"] for one in found["instances"] if one["status"] in loading.LOADING]
+        one = client.instance(pending[0]) if pending else loading.begin(client, model)
+        loading.until_ready(terminal, client, one, timeout_s=None)
 
 
 class Talk:

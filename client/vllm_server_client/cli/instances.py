@@ -1,9 +1,9 @@
-"""ps, gpus, stop, logs: the instances and what they stand on."""
+"""ps, gpus, stop, sleep, wake, logs: the instances and what they stand on."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import click
@@ -91,6 +91,33 @@ def _gone(client: VLLMProxyClient, one: Instance, force: bool) -> Instance:
         return client.stop_instance(one["id"], force=force, wait=True)
     except NotFound:
         return {**one, "status": "stopped"}
+
+
+@click.command(cls=Command)
+@click.argument("target", nargs=-1, required=True, metavar="ID|MODEL...", shell_complete=instance_words)
+@click.option("--level", type=click.IntRange(1, 2), help="1 keeps the weights in the host's memory, 2 does not.")
+@click.option("--wait/--no-wait", default=True, help="Wait until they sleep.  [default: wait]")
+@pass_terminal
+def sleep(terminal: Terminal, target: Sequence[str], level: int | None, wait: bool) -> None:
+    """Put instances to sleep when their requests have ended; the next request wakes them."""
+    _tier(terminal, target, lambda client, one: client.sleep_instance(one["id"], level=level, wait=wait))
+
+
+@click.command(cls=Command)
+@click.argument("target", nargs=-1, required=True, metavar="ID|MODEL...", shell_complete=instance_words)
+@click.option("--wait/--no-wait", default=True, help="Wait until they serve.  [default: wait]")
+@pass_terminal
+def wake(terminal: Terminal, target: Sequence[str], wait: bool) -> None:
+    """Wake instances that sleep."""
+    _tier(terminal, target, lambda client, one: client.wake_instance(one["id"], wait=wait))
+
+
+def _tier(terminal: Terminal, target: Sequence[str], act: Callable[[VLLMProxyClient, Instance], Instance]) -> None:
+    with terminal.client(STOP_TIMEOUT_S) as client:
+        there = client.instances()
+        chosen = {one["id"]: one for word in target for one in find.instances(word, there)}
+        done = [act(client, one) for one in chosen.values()]
+    terminal.show(done, instance_table(done))
 
 
 @click.command(cls=Command)

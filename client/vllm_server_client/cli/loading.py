@@ -16,9 +16,21 @@ from vllm_server_client.errors import NotFound, TimedOut
 from vllm_server_client.types import Instance
 
 POLL_S = 0.25
-PENDING = frozenset({"starting", "waking", "falling_asleep", "sleeping", "backoff"})
+LOADING = frozenset({"starting", "waking", "backoff"})
+PENDING = LOADING | {"falling_asleep", "sleeping"}      # of one that was told to load
 
 Show = Callable[[Instance], None]
+
+
+def begin(client: VLLMProxyClient, model: str) -> Instance:
+    """Load a model by the server's configuration, or as a hub's name or a folder where that has none of this name."""
+    if model not in {name for one in client.configured_models() for name in (one["id"], *one["aliases"])}:
+        return client.create_instance(model)
+    shown = client.load(model)
+    found = next((one for one in shown["instances"] if one["status"] in PENDING | {"ready"}), None)
+    if found is None:
+        raise LoadFailed(f"{model} was loaded and is {shown['status']} again", code="stopped")
+    return client.instance(found["id"])
 
 
 def until_ready(terminal: Terminal, client: VLLMProxyClient, instance: Instance, *, timeout_s: float | None,

@@ -1,9 +1,9 @@
-"""models, load: what can be named in requests, and bringing it into memory."""
+"""models, load, unload: what can be named in requests, and bringing it into memory and out of it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from rich.text import Text
 
 from vllm_server_client.cli import loading, words
 from vllm_server_client.cli.complete import model_words
-from vllm_server_client.cli.instances import instance_table
+from vllm_server_client.cli.instances import STOP_TIMEOUT_S, instance_table
 from vllm_server_client.cli.terminal import Command, Row, Terminal, pass_terminal, table
 
 
@@ -22,7 +22,7 @@ def models(terminal: Terminal) -> None:
     """List the models that requests may name."""
     with terminal.client() as client:
         found = client.models()
-    rows: list[Row] = [[one["id"], Text(one["status"].replace("_", " "), words.STYLES.get(one["status"], "")),
+    rows: list[Row] = [[one["id"], _status(one["status"]),
              str(len(one["instances"])), one["root"] if one["root"] != one["id"] else ""] for one in found]
     terminal.show(found, table(["model", "state", "instances", "from"], rows, wide=3) if rows
                   else Text("no models; load one: vllm-server load MODEL", "dim"))
@@ -33,21 +33,43 @@ def models(terminal: Terminal) -> None:
 @click.option("-p", "--param", "params", multiple=True, metavar="FLAG=VALUE",
               help="A flag of vLLM, e.g. -p max_model_len=4096; several may be given.")
 @click.option("--idle-timeout", type=click.FloatRange(0), metavar="SECONDS",
-              help="Without a request for so long, it is stopped; 0: never.")
+              help="Without a request for so long, it is stopped or put to sleep; 0: never.")
+@click.option("--sleep", type=click.IntRange(0, 2), metavar="LEVEL", help="How it sleeps when it idles: 1 or 2.")
 @click.option("--new", is_flag=True, help="One more replica.")
 @click.option("--replace", is_flag=True, help="In place of one that has other flags.")
 @click.option("--wait/--no-wait", default=True, help="Wait until it is ready, and show how far it is.  [default: wait]")
 @click.option("--timeout", type=click.FloatRange(0), metavar="SECONDS", help="Wait no longer; loading goes on.")
 @pass_terminal
-def load(terminal: Terminal, model: str, params: Sequence[str], idle_timeout: float | None, new: bool, replace: bool,
-         wait: bool, timeout: float | None) -> None:
-    """Load a model: a name of Hugging Face, or a folder."""
+def load(terminal: Terminal, model: str, params: Sequence[str], wait: bool, timeout: float | None,
+         **options: Any) -> None:
+    """Load a model: one of the server's config.yaml, a name of Hugging Face, or a folder.
+
+    The options that say how it runs are for the latter two; a configured model runs as it is configured.
+    """
     with terminal.client() as client:
-        instance = client.create_instance(whole_path(model), flags(params), idle_timeout=idle_timeout, new=new,
-                                          replace=replace)
+        if params or any(value not in (None, False) for value in options.values()):
+            instance = client.create_instance(whole_path(model), flags(params), **options)
+        else:
+            instance = loading.begin(client, whole_path(model))
         if wait:
             instance = loading.until_ready(terminal, client, instance, timeout_s=timeout)
     terminal.show(instance, instance_table([instance]))
+
+
+@click.command(cls=Command)
+@click.argument("model", shell_complete=model_words)
+@click.option("--force", is_flag=True, help="Cut the requests that are in flight.")
+@click.option("--wait/--no-wait", default=True, help="Wait until it is gone.  [default: wait]")
+@pass_terminal
+def unload(terminal: Terminal, model: str, force: bool, wait: bool) -> None:
+    """Stop all instances of a model.  A configured one is loaded again by the next request for it."""
+    with terminal.client(STOP_TIMEOUT_S) as client:
+        shown = client.unload(model, force=force, wait=wait)
+    terminal.show(shown, Text.assemble(f"{shown['id']} is ", _status(shown["status"])))
+
+
+def _status(status: str) -> Text:
+    return Text(status.replace("_", " "), words.STYLES.get(status, ""))
 
 
 def flags(params: Sequence[str]) -> dict[str, Any]:
@@ -68,6 +90,3 @@ def whole_path(model: str) -> str:
     """A folder here as an absolute path, since the server is at home in another one; any other name as it is."""
     return str(Path(model).resolve()) if model.startswith((".", "~")) and Path(model).expanduser().is_dir() else model
 
-
-def entry(model: str, among: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    return next((one for one in among if one["id"] == model), None)

@@ -1,15 +1,16 @@
-"""health, reload, completion: the server as a whole, and the shell."""
+"""health, audit, reload, completion: the server as a whole, and the shell."""
 
 from __future__ import annotations
 
 import os
+from datetime import datetime
 from pathlib import Path
 
 import click
 from click.shell_completion import get_completion_class
 from rich.text import Text
 
-from vllm_server_client.cli.terminal import Command, Terminal, pass_terminal
+from vllm_server_client.cli.terminal import Command, Row, Terminal, pass_terminal, table
 
 SHELLS = ("bash", "zsh", "fish")
 VARIABLE = "_VLLM_SERVER_COMPLETE"
@@ -29,13 +30,27 @@ def health(terminal: Terminal) -> None:
 
 
 @click.command(cls=Command)
+@click.option("-n", "--tail", type=click.IntRange(0, 1000), metavar="N", help="The last N entries  [default: 200]")
+@pass_terminal
+def audit(terminal: Terminal, tail: int | None) -> None:
+    """Show who managed what lately: the calls that may change something, and those that were refused."""
+    with terminal.client() as client:
+        found = client.audit(tail=tail)
+    rows: list[Row] = [[f"{datetime.fromtimestamp(one['at']):%m-%d %H:%M:%S}", f"{one['method']} {one['path']}",
+                        str(one["status"]), one["code"] or "", one["who"], one["from"] or ""] for one in found]
+    terminal.show(found, table(["at", "call", "answer", "code", "who", "from"], rows))
+
+
+@click.command(cls=Command)
 @pass_terminal
 def reload(terminal: Terminal) -> None:
     """Make the server read its settings anew; a mistake leaves the old ones in force."""
     with terminal.client() as client:
         found = client.reload()
-    changed = ", ".join(found["changed"])
-    terminal.show(found, Text(f"changed: {changed}" if changed else "nothing changed"))
+    models = found["models"]
+    lists = (("added", models["added"]), ("removed", models["removed"]), ("changed", models["changed"]))
+    changed = found["changed"] + [f"model {name} {what}" for what, names in lists for name in names]
+    terminal.show(found, Text(f"changed: {', '.join(changed)}" if changed else "nothing changed"))
 
 
 @click.command(cls=Command)

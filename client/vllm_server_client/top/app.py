@@ -65,8 +65,8 @@ class MainScreen(Screen[None]):
     """Asks the server every `interval_s` and shows what it answers.  While it does not, the last answer stays."""
 
     BINDINGS = [
-        Binding("l", "load", "Load"), Binding("x", "stop", "Stop"), Binding("f", "logs", "Logs"),
-        Binding("q", "app.quit", "Quit")]
+        Binding("l", "load", "Load"), Binding("s", "sleep", "Sleep/Wake"), Binding("x", "stop", "Stop"),
+        Binding("f", "logs", "Logs"), Binding("q", "app.quit", "Quit")]
 
     def __init__(self, client: AsyncVLLMProxyClient, interval_s: float) -> None:
         super().__init__()
@@ -194,7 +194,25 @@ class MainScreen(Screen[None]):
             models = await self._client.models()
         name = await self.app.push_screen_wait(LoadScreen(models))
         if name is not None:
-            await self._act(f"load {name}", lambda: self._client.create_instance(name))
+            await self._act(f"load {name}", lambda: self._begin(name))
+
+    async def _begin(self, name: str) -> None:
+        configured = await self._client.configured_models()
+        if any(name == one["id"] or name in one["aliases"] for one in configured):
+            await self._client.load(name)
+        else:
+            await self._client.create_instance(name)
+
+    @work
+    async def action_sleep(self) -> None:
+        """Put the chosen one to sleep, or wake it."""
+        chosen = self._chosen()
+        if chosen is None:
+            return
+        if chosen["status"] in ("sleeping", "falling_asleep"):
+            await self._act(f"wake {words.name(chosen)}", lambda: self._client.wake_instance(chosen["id"]))
+        else:
+            await self._act(f"put {words.name(chosen)} to sleep", lambda: self._client.sleep_instance(chosen["id"]))
 
     @work
     async def action_stop(self) -> None:

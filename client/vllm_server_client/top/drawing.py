@@ -119,7 +119,8 @@ def detail(one: Instance) -> Text:
         return Text(error["message"], words.STYLES[one["status"]])
     phase = f"{one['phase'].replace('_', ' ')}; " if one["phase"] and one["status"] == "starting" else ""
     restarts = f"; restarts: {one['restarts']}" if one["restarts"] else ""
-    return Text(f"{one['model_name']}: {phase}{one['because']}{restarts}", "dim")
+    place = f"; {one['because']}" if one["because"] else ""
+    return Text(f"{one['model_name']}: {phase}{one['why']}{place}{restarts}", "dim")
 
 
 def headline(snapshot: Snapshot, url: str) -> Text:

@@ -91,7 +91,7 @@ def _change(old: Instance | None, new: Instance) -> Iterable[Event]:
     if old is not None and old["status"] == status and old["restarts"] == new["restarts"]:
         return
     error = new["last_error"] if status in ("failed", "backoff") else None
-    why = error["message"] if error is not None else new["because"]
+    why = error["message"] if error is not None else new["why"]
     yield Event(f"{words.name(new)} {new['id']} is {status.replace('_', ' ')}{f': {why}' if why else ''}",
                 words.STYLES.get(status, ""))
 
