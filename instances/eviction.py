@@ -24,7 +24,8 @@ EXACT_CANDIDATES = 7        # of so many the cheapest set is found for certain: 
 STEPS = 3 ** (EXACT_CANDIDATES + 1) // 2
 SEARCHED_CANDIDATES = 14    # of so many it is looked for among all sets, with the same number of steps
 REFINED_DEVICES = 3         # of more, for these devices only: the cheapest by the first guess
-NODES = 240                 # with so many steps
+NODES = 120                 # with so many steps
+MOST_REVISED = 12           # victims: of more none is looked at once more
 
 
 class Option(NamedTuple):
@@ -92,22 +93,67 @@ def choose(missing: Mapping[int, int], count: int, residents: Iterable[Resident]
     `missing` are bytes by device, zero or less where it fits; of several devices that do then, the tightest fit is
     taken.  `host_left` is what sleepers may still take of the host's RAM.
     """
-    asked = {index for index, lack in missing.items() if lack > 0}
-    idle = [resident for resident in residents if resident.evictable]
-    within = host_left >= sum(resident.host_bytes for resident in idle if resident.awake and resident.can_sleep)
-    candidates = [resident for resident in idle
-                  if not asked.isdisjoint(resident.bytes_on) or not (within or resident.awake)]
-    hope = _hope(candidates, missing)
-    if sum(hope[index] >= lack for index, lack in missing.items()) < count:
+    field = _survey(residents, missing)
+    clearable = {index: lack for index, lack in missing.items() if field.hope.get(index, 0) >= lack}
+    if len(clearable) < count:
         return None
-    chosen = _greedy(candidates, {index: lack for index, lack in missing.items() if hope[index] >= lack}, count,
-                     host_left)
-    if len(candidates) <= SEARCHED_CANDIDATES:
-        chosen = _cheapest(candidates, missing, count, host_left, chosen)
+    chosen = _greedy(field, clearable, count, host_left)
+    candidates = field.few_candidates(beyond=host_left < field.wish_bytes)
+    if candidates is not None:
+        chosen = _cheapest(candidates, clearable, count, host_left, chosen)
     fitting = sorted((-lack, index) for index, lack in _left(missing, chosen).items() if lack <= 0)[:count]
     devices = sorted(index for _, index in fitting)
-    kept = _needed(chosen, {index: missing[index] for index in devices}, host_left)
+    kept = _stop_instead(chosen, {index: missing[index] for index in devices}, host_left)
     return Choice(tuple(devices), tuple(sorted(kept, key=lambda option: option.id)))
+
+
+# A candidate as one device sees it: what a byte of it costs at least, what it frees there stopped and asleep, the costs
+# of both (0: it cannot sleep), and who it is.  A plain tuple, for there are as many as models.
+Item = tuple[float, int, int, int, int, str, Resident]
+ID = 5
+
+
+@dataclass(frozen=True)
+class Field:
+    """Everybody who might go, gathered in one pass: there may be a thousand."""
+
+    items: Mapping[int, list[Item]]     # by device that misses something
+    hope: Mapping[int, int]             # what all of them together could free there
+    sleepers: Sequence[Resident]        # who holds the host's RAM, wherever they are
+    wish_bytes: int                     # what they would take of the host's RAM if all went to sleep
+
+    def few_candidates(self, *, beyond: bool) -> list[Resident] | None:
+        """Those on devices that miss something, `beyond` also those who could give the host's RAM; None: many."""
+        found: dict[str, Resident] = {resident.id: resident for resident in self.sleepers if beyond}
+        for here in self.items.values():
+            for _, _, _, _, _, name, resident in here:
+                found[name] = resident
+            if len(found) > SEARCHED_CANDIDATES:
+                return None
+        return list(found.values())
+
+
+def _survey(residents: Iterable[Resident], missing: Mapping[int, int]) -> Field:
+    items: dict[int, list[Item]] = {index: [] for index, lack in missing.items() if lack > 0}
+    hope = dict.fromkeys(items, 0)
+    sleepers, wish = [], 0
+    for resident in residents:
+        if not resident.evictable:
+            continue
+        stop_us, sleep_us = _weigh(resident)
+        if resident.host_bytes:
+            if sleep_us:
+                wish += resident.host_bytes
+            elif not resident.awake:
+                sleepers.append(resident)
+        for index, held in resident.bytes_on.items():
+            if held > 0 and index in items:
+                rate, asleep = stop_us / held, 0
+                if sleep_us and (asleep := max(0, held - resident.asleep_on.get(index, 0))):
+                    rate = min(rate, sleep_us / asleep)
+                items[index].append((rate, held, asleep, stop_us, sleep_us, resident.id, resident))
+                hope[index] += held
+    return Field(items, hope, sleepers, wish)
 
 
 def _cost(chosen: Iterable[Option]) -> int:
@@ -159,6 +205,17 @@ def _needed(chosen: Sequence[Option], missing: Mapping[int, int], host_left: int
     return kept
 
 
+def _stop_instead(chosen: Sequence[Option], missing: Mapping[int, int], host_left: int) -> list[Option]:
+    """What is needed of them; where a stop in place of a sleep spares others, that."""
+    kept = _needed(chosen, missing, host_left)
+    for option in [option for option in kept if option.sleeps and len(kept) <= MOST_REVISED]:
+        if option in kept:
+            others = [other for other in kept if other is not option]
+            plan = _needed([*others, options(option.resident)[-1]], missing, host_left)
+            kept = plan if _cost(plan) < _cost(kept) else kept
+    return kept
+
+
 def _cheapest(candidates: Iterable[Resident], missing: Mapping[int, int], count: int, host_left: int,
               guess: list[Option]) -> list[Option]:
     """Branch and bound over everything that could be done, for STEPS steps: exact for EXACT_CANDIDATES."""
@@ -192,61 +249,61 @@ def _cheapest(candidates: Iterable[Resident], missing: Mapping[int, int], count:
 
 # --- many candidates --------------------------------------------------------------------------------------------------
 
-def _greedy(candidates: Sequence[Resident], missing: Mapping[int, int], count: int, host_left: int) -> list[Option]:
+class Guess(NamedTuple):
+    """A way to clear one device, and what it takes of the host's RAM (negative: gives)."""
+
+    cost_us: int
+    takes_bytes: int
+    options: list[Option]
+
+
+def _greedy(field: Field, missing: Mapping[int, int], count: int, host_left: int) -> list[Option]:
     """Device by device, each time the one that is cheapest to clear after what was decided already."""
     chosen: list[Option] = []
     left = dict(missing)
-    items = _items(candidates, missing)
-    guesses: dict[int, list[Option] | None] = {}
+    items = {index: sorted(field.items[index]) for index, lack in missing.items() if lack > 0}
+    guesses: dict[int, Guess | None] = {}
     search = Search(NODES)
     while sum(lack <= 0 for lack in left.values()) < count:
         host = host_left + _host(chosen)
-        for index, here in items.items():
-            if left[index] > 0 and index not in guesses:
-                guesses[index] = _guess(here, left[index], host)
-        ranked = sorted((_cost(guess), left[index], index, guess) for index, guess in guesses.items()
-                        if left[index] > 0 and guess is not None)
-        best = min((search.cover(items[index], lack, host, guess)
-                    for _, lack, index, guess in ranked[:REFINED_DEVICES]), key=_cost, default=[])
-        if best:
-            chosen += best
+        best = min((search.cover(items[index], left[index], host, guess)
+                    for index, guess in _cheapest_guesses(items, left, host, guesses)),
+                   key=lambda guess: guess.cost_us, default=Guess(0, 0, []))
+        if best.options:
+            chosen += best.options
         else:       # some would sleep, and that is not enough
             assert any(option.sleeps for option in chosen)
             chosen = [options(option.resident)[-1] for option in chosen]
         left = _left(missing, chosen)
-        gone = {option.id for option in best}
-        touched = {index for option in best or chosen for index in option.resident.bytes_on}
-        for index in touched & items.keys():
+        gone = {option.id for option in best.options}
+        for index in {index for option in best.options or chosen for index in option.resident.bytes_on} & items.keys():
             items[index] = [item for item in items[index] if item[ID] not in gone]
             guesses.pop(index, None)
         if (spare := host_left + _host(chosen)) < host:     # what others would do may not hold any more
-            guesses = {index: guess for index, guess in guesses.items() if guess is None or spare + _host(guess) >= 0}
-    return _sleep_instead(chosen, candidates, missing, count, host_left)
+            guesses = {index: guess for index, guess in guesses.items() if guess is None or guess.takes_bytes <= spare}
+    return _sleep_instead(chosen, field, missing, count, host_left)
 
 
-# A candidate as one device sees it: what a byte of it costs at least, what it frees there stopped and asleep, the costs
-# of both (0: it cannot sleep), and who it is.  A plain tuple, for there are as many as models.
-Item = tuple[float, int, int, int, int, str, Resident]
-ID = 5
+def _cheapest_guesses(items: Mapping[int, list[Item]], left: Mapping[int, int], host: int,
+                      guesses: dict[int, Guess | None]) -> list[tuple[int, Guess]]:
+    """The REFINED_DEVICES that are cheapest to clear; guesses are made in `guesses`, where they are not yet.
+
+    None is made for a device whose cheapest byte is so expensive that it cannot be one of them.
+    """
+    at_least = sorted((here[0][0] * left[index], index) for index, here in items.items() if left[index] > 0 and here)
+    ranked: list[tuple[int, int, int]] = []
+    for least_us, index in at_least:
+        if len(ranked) >= REFINED_DEVICES and least_us >= ranked[REFINED_DEVICES - 1][0]:
+            break
+        if index not in guesses:
+            guesses[index] = _guess(items[index], left[index], host)
+        if (guess := guesses[index]) is not None:
+            ranked.append((guess.cost_us, left[index], index))
+            ranked.sort()
+    return [(index, guess) for _, _, index in ranked[:REFINED_DEVICES] if (guess := guesses[index]) is not None]
 
 
-def _items(candidates: Iterable[Resident], missing: Mapping[int, int]) -> dict[int, list[Item]]:
-    """By device that misses something, the cheapest bytes first."""
-    items: dict[int, list[Item]] = {index: [] for index, lack in missing.items() if lack > 0}
-    for resident in candidates:
-        stop_us, sleep_us = _weigh(resident)
-        for index, held in resident.bytes_on.items():
-            if held > 0 and index in items:
-                rate, asleep = stop_us / held, 0
-                if sleep_us and (asleep := max(0, held - resident.asleep_on.get(index, 0))):
-                    rate = min(rate, sleep_us / asleep)
-                items[index].append((rate, held, asleep, stop_us, sleep_us, resident.id, resident))
-    for here in items.values():
-        here.sort()
-    return items
-
-
-def _guess(items: Iterable[Item], lack: int, host: int) -> list[Option] | None:
+def _guess(items: Iterable[Item], lack: int, host: int) -> Guess | None:
     """The cheapest bytes until it is enough, without those that were not needed in the end; None if it never is."""
     taken: list[tuple[int, int, str, bool, Resident]] = []
     for _, freed, asleep, stop_us, sleep_us, name, resident in items:
@@ -261,9 +318,10 @@ def _guess(items: Iterable[Item], lack: int, host: int) -> list[Option] | None:
             break
     if lack > 0:        # some would sleep, and that is not enough: all of them have to go
         every = list(items)
-        enough = sum(item[1] for item in every) >= lack + sum(freed for _, freed, *_ in taken)
-        return [Option(stop_us, name, False, resident)
-                for _, _, _, stop_us, _, name, resident in every] if enough else None
+        lack += sum(freed for _, freed, *_ in taken) - sum(item[1] for item in every)
+        if lack > 0:
+            return None
+        taken = [(stop_us, freed, name, False, resident) for _, freed, _, stop_us, _, name, resident in every]
     taken.sort(reverse=True)
     kept = []
     for cost_us, freed, name, sleeps, resident in taken:
@@ -271,7 +329,7 @@ def _guess(items: Iterable[Item], lack: int, host: int) -> list[Option] | None:
             lack += freed
         else:
             kept.append(Option(cost_us, name, sleeps, resident))
-    return kept
+    return Guess(_cost(kept), -_host(kept), kept)
 
 
 class Search:
@@ -280,9 +338,9 @@ class Search:
     def __init__(self, nodes: int) -> None:
         self._nodes = nodes
 
-    def cover(self, items: Sequence[Item], lack: int, host: int, guess: list[Option]) -> list[Option]:
+    def cover(self, items: Sequence[Item], lack: int, host: int, guess: Guess) -> Guess:
         """The cheapest set found that frees `lack` bytes of one device."""
-        best, limit = guess, _cost(guess)
+        best, limit = guess.options, guess.cost_us
 
         def visit(position: int, cost_us: int, lack: int, host: int, chosen: tuple[Option, ...]) -> None:
             nonlocal best, limit
@@ -303,7 +361,7 @@ class Search:
             visit(position + 1, cost_us, lack, host, chosen)
 
         visit(0, 0, lack, host, ())
-        return best
+        return guess if best is guess.options else Guess(limit, -_host(best), best)
 
 
 def _promising(items: Sequence[Item], start: int, lack: int, below_us: float) -> bool:
@@ -319,13 +377,13 @@ def _promising(items: Sequence[Item], start: int, lack: int, below_us: float) ->
     return False
 
 
-def _sleep_instead(chosen: list[Option], candidates: Iterable[Resident], missing: Mapping[int, int], count: int,
+def _sleep_instead(chosen: list[Option], field: Field, missing: Mapping[int, int], count: int,
                    host_left: int) -> list[Option]:
     """Let victims sleep that are to be stopped only for want of host RAM, where stopping older sleepers is cheaper."""
-    victims = sorted(option for option in chosen if not option.sleeps and len(options(option.resident)) > 1)
-    sleepers = sorted(options(resident)[0] for resident in candidates
-                      if not resident.awake and resident.host_bytes > 0)
     spare = host_left + _host(chosen)
+    victims = sorted(option for option in chosen if not option.sleeps and len(options(option.resident)) > 1
+                     and option.resident.host_bytes <= spare + sum(each.host_bytes for each in field.sleepers))
+    sleepers = sorted(options(resident)[0] for resident in field.sleepers) if victims else []
     for victim in victims:
         short = victim.resident.host_bytes - spare
         gone = {option.id for option in chosen}
