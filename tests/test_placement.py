@@ -454,7 +454,7 @@ def test_the_way_for_many_finds_a_plan_wherever_there_is_one(world: World) -> No
         check(world, found)
 
 
-@given(worlds(most=40))
+@given(worlds(most=18))
 def test_a_plan_among_many(world: World) -> None:
     found = planned(world)
     if found is not None:
