@@ -1,8 +1,11 @@
 """The registry of instances, as the daemon uses it: what is started, replaced, found again and ended, and why.
 
-Everything that others must agree on is decided under the one lock (instances/registry.py) and acted on outside it:
-keepers (one thread an instance, instances/keeper.py) do the I/O, request threads hold leases, the reaper's `tick(now)`
-ends what idles.
+Everything that others must agree on is decided under the one lock and acted on outside it: keepers (one thread an
+instance, instances/keeper.py) do the I/O, request threads hold leases, the reaper's `tick(now)` ends what idles.
+
+One class in four layers: instances/registry.py (instances, leases, queues), rooms.py (who has which memory, who seeks
+some, and who goes for it), demand.py (models of the catalog: loaded for requests, replaced when they change), and this
+file, in the order of an instance's life.
 """
 
 from __future__ import annotations

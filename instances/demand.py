@@ -220,9 +220,9 @@ class Demand(Rooms):
         """Compare what runs with the catalog: times and ranks are taken over, what needs another engine is outdated
         and goes as soon as nobody uses it, what was removed goes when its requests have ended."""
         for one in list(self._instances.values()):
-            if one.spec.config_id is None or one.state not in ACTIVE:
-                continue
             entry = self._entry_of(one)
+            if one.spec.config_id is None or one.state is State.STOPPING:
+                continue
             if entry is None:
                 self._begin_stop(one, Haste.PATIENT, "it was removed from the configuration")
                 continue

@@ -6,6 +6,7 @@ is compared with what is by then, so nobody is promised what another one was, an
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,6 +17,8 @@ from instances.instance import ACTIVE, Haste, Instance, Problem, Squeeze, State
 from instances.ledger import Resident
 from instances.placement import Plan
 from instances.registry import Registry
+
+log = logging.getLogger("vllm_server.instances")
 
 HOPELESS_S = 5.0        # memory that a driver frees late looks like a stranger's for a moment
 OUT_OF_MEMORY = frozenset({"gpu_memory_in_use", "out_of_memory", "kv_cache_too_small"})
@@ -103,7 +106,8 @@ class Rooms(Registry):
                 return
             one.phase, one.because = "waiting_for_room", error.message
             if seeker.modest:
-                self._begin_stop(one, Haste.KILL, f"not loaded ahead of requests: {error.message}")
+                log.warning("%s is not loaded ahead of requests: %s", one.spec.names[0], error.message)
+                self._begin_stop(one, Haste.KILL, "there was no room to load it ahead of requests")
                 return
             permanent = error.code != NoRoom.code
             one.no_hope_since = None if not hopeless else now if one.no_hope_since is None else one.no_hope_since

@@ -100,6 +100,8 @@ class Tenancy:
         elif held is None:
             held = one.held_on
         self._rooms.note_memory(one, held)
+        if held and one.state is State.READY:
+            self._resources.learn_memory(one, held, now)
         return held
 
     def settled(self) -> Callable[[], bool]:

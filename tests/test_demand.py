@@ -343,6 +343,14 @@ def test_a_removed_one_ends_with_its_requests(world: World) -> None:
     assert world.manager.snapshot() == [] and world.manager.demand("chat") == []
 
 
+def test_a_removed_one_that_had_failed_is_unknown(world: World) -> None:
+    view = world.demand("chat")
+    world.step()
+    fail(world, world.engine(view), "vllm: error: unrecognized arguments: --x")
+    world.configure({"code": {}})
+    assert world.manager.demand("chat") == [] and world.manager.snapshot() == []
+
+
 def test_an_engine_that_hangs_is_not_waited_for_while_it_drains(tmp_path: Path, monkeypatch: Patch) -> None:
     world = world_of(tmp_path, monkeypatch, PROBE_INTERVAL=30, PROBE_TIMEOUT=60)
     chat = world.served("chat")

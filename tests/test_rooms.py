@@ -488,7 +488,7 @@ def test_where_it_stands_and_why_is_known_to_the_next_daemon(world: World) -> No
     world.devices.assert_not_over()
 
 
-def test_what_is_preloaded_evicts_nobody(tmp_path: Path, monkeypatch: Patch) -> None:
+def test_what_is_preloaded_evicts_nobody(tmp_path: Path, monkeypatch: Patch, caplog: pytest.LogCaptureFixture) -> None:
     models = {name: {**HALF, "preload": True, "priority": priority} for priority, name in enumerate("abc")}
     world = world_of(tmp_path, monkeypatch, models)
     for _ in range(10):
@@ -496,4 +496,5 @@ def test_what_is_preloaded_evicts_nobody(tmp_path: Path, monkeypatch: Patch) -> 
         for engine in world.engines:
             engine.health = 200
     assert (state(world, "a"), state(world, "b"), state(world, "c")) == (None, State.READY, State.READY)
+    assert "a is not loaded ahead of requests: a needs 36.0 GiB" in caplog.text
     assert replace(world.served("a")).state is State.READY       # a request does
