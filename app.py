@@ -26,6 +26,7 @@ from errors import BadRequest, ConfigError, DaemonError, MethodNotAllowed, NotFo
 from instance_manager import InstanceManager
 from instances.launcher import wait_until
 from instances.loop import Loop
+from instances.resources import is_simulated
 from instances.store import StateDir
 from router import Router
 from routing.upstream import ClientLeft
@@ -66,11 +67,6 @@ def create_app(deps: Deps) -> Flask:
     app.register_blueprint(data_plane.blueprint)
     app.register_error_handler(Exception, _answer_error)
     return app
-
-
-def is_simulated(command: Sequence[str]) -> bool:
-    """Whether the engine is the stand-in: then everything a person sees says so."""
-    return any(Path(word).name == "simulator.py" for word in command)
 
 
 def _audited(audit: AuditLog, response: Response) -> Response:

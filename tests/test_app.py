@@ -14,11 +14,12 @@ from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
 import errors
-from app import Deps, create_app, is_simulated
+from app import Deps, create_app
 from config import Difference, Settings, load_settings
 from configuration.keys import parse_keys
 from instances.demand import Loadable
 from instances.instance import InstanceSpec, InstanceView, Problem, State
+from instances.resources import is_simulated
 from routing.upstream import ClientLeft
 from web.reloader import Reloaded
 from web.shown import hide_secrets

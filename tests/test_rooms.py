@@ -498,3 +498,16 @@ def test_what_is_preloaded_evicts_nobody(tmp_path: Path, monkeypatch: Patch, cap
     assert (state(world, "a"), state(world, "b"), state(world, "c")) == (None, State.READY, State.READY)
     assert "a is not loaded ahead of requests: a needs 36.0 GiB" in caplog.text
     assert replace(world.served("a")).state is State.READY       # a request does
+
+
+@pytest.mark.parametrize(("command", "budget", "together"), [
+    ("vllm", None, False), ("python simulator.py", None, True), ("python simulator.py", 40 << 10, False)])
+def test_a_simulated_engine_takes_none_of_the_hosts_memory_unless_that_is_played(
+        tmp_path: Path, monkeypatch: Patch, command: str, budget: int | None, together: bool) -> None:
+    """So that a demo on a small machine does not stop what it has just shown."""
+    settings = {"HOST_MEMORY_BUDGET_MB": budget} if budget else {}
+    world = World(tmp_path, monkeypatch, {name: dict(HALF) for name in "abc"}, VLLM_COMMAND=command, **settings)
+    for name in "abc":
+        world.demand(name)
+    world.step(0.1, times=3)
+    assert (len(world.engines) == 3) is together and world.engines
