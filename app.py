@@ -29,6 +29,7 @@ from instances.loop import Loop
 from instances.resources import is_simulated
 from instances.store import StateDir
 from router import Router
+from routing import request_id
 from routing.upstream import ClientLeft
 from web import admin, auth, models
 from web.audit import AuditLog
@@ -60,13 +61,20 @@ def create_app(deps: Deps) -> Flask:
     app.extensions.update(manager=deps.manager, router=deps.router, reloader=deps.reloader,
                           audit=deps.audit,
                           about={"version": VERSION, "simulated": is_simulated(deps.manager.settings.command)})
+    app.before_request(lambda: request_id.adopt(request.headers.get(request_id.HEADER)))
     app.before_request(lambda: auth.check(request, deps.manager.settings))
+    app.after_request(_with_request_id)
     app.after_request(lambda response: _audited(deps.audit, response))
     app.register_blueprint(admin.blueprint)
     app.register_blueprint(models.blueprint)
     app.register_blueprint(data_plane.blueprint)
     app.register_error_handler(Exception, _answer_error)
     return app
+
+
+def _with_request_id(response: Response) -> Response:
+    response.headers[request_id.HEADER] = request_id.current()
+    return response
 
 
 def _audited(audit: AuditLog, response: Response) -> Response:
@@ -112,7 +120,7 @@ class Daemon:
                  watch: FileWatch) -> None:
         self.manager = InstanceManager(settings, state_dir)
         self.router = Router(self.manager)
-        self.reloader = Reloader(lambda: read_settings(arguments), self.manager, watch)
+        self.reloader = Reloader(lambda: read_settings(arguments), self.manager, watch, self.router.use)
         self._config_watch = Loop(name="config-watch", tick=self.reloader.tick, interval_s=EVERY_S)
         self.audit = AuditLog(state_dir.path / "audit.log")
 
@@ -137,8 +145,8 @@ class Daemon:
 def read_settings(arguments: argparse.Namespace) -> config.Settings:
     overrides = {name: value for name, value in (("APP_HOST", arguments.host), ("APP_PORT", arguments.port))
                  if value is not None}
-    return config.load_settings(os.environ, env_file=arguments.env, config_file=arguments.config, cwd=Path.cwd(),
-                                overrides=overrides)
+    return config.load_settings(os.environ, env_file=arguments.env, config_file=arguments.config,
+                                servers_file=arguments.servers, cwd=Path.cwd(), overrides=overrides)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -146,6 +154,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--host", help="address to listen on (APP_HOST)")
     parser.add_argument("--port", help="port to listen on (APP_PORT)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="models file instead of ./config.yaml")
+    parser.add_argument("--servers", type=Path, metavar="FILE", help="list of other servers instead of ./servers.toml")
     parser.add_argument("--env", type=Path, metavar="FILE", help="settings file instead of ./.env")
     parser.add_argument("--check", action="store_true",
                         help="read the settings, say what is wrong with them or print them as JSON, and end")
@@ -154,7 +163,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def set_up_logging(level: str) -> None:
-    logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(request_id.Formatter("%(asctime)s %(levelname)s %(name)s: %(request)s%(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
     logging.getLogger("urllib3").setLevel(logging.ERROR)     # a broken upstream is our own message
 
 
@@ -191,8 +202,10 @@ def banner(settings: config.Settings, address: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
-    watch = FileWatch(*config.config_paths(arguments.config, Path.cwd()))    # before they are read
     try:
+        watch = FileWatch(*config.watched_paths(    # before they are read
+            os.environ, env_file=arguments.env, config_file=arguments.config, servers_file=arguments.servers,
+            cwd=Path.cwd()))
         settings = read_settings(arguments)
         if arguments.check:
             sys.stdout.write(json.dumps(described(vars(settings)), indent=2) + "\n")

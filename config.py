@@ -28,6 +28,8 @@ from configuration.keys import Key, read_keys
 from configuration.keys import checked as checked_keys
 from configuration.layers import Given, Layer, given, hint, parsed, value, where
 from configuration.models import Catalog, Difference, ModelConfig, diff
+from configuration.servers import FILE as SERVERS_FILE
+from configuration.servers import ServersConfig, read_servers
 from configuration.settings_table import (
     DEFAULT_FLAG,
     FLAG_PARSERS,
@@ -53,7 +55,7 @@ from instances.flags import (
 )
 
 __all__ = ["RESERVED_FLAGS", "SETTINGS", "Catalog", "Difference", "Key", "ModelConfig", "Setting", "Settings",
-           "check_params", "child_environment", "config_paths", "diff", "load_settings", "merge_flags", "to_argv"]
+           "check_params", "child_environment", "diff", "load_settings", "merge_flags", "to_argv", "watched_paths"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,10 @@ class Settings:
     max_hold_s: float
     max_queue: int                           # requests that wait for one model
     loading_comments: bool
+    routing_policy: str                      # a name of routing.policies.POLICIES
+    prefer_local: bool
+    prefix_characters: int
+    stream_idle_timeout_s: float
     command: tuple[str, ...]
     start_timeout_s: float
     drain_timeout_s: float
@@ -103,18 +109,19 @@ class Settings:
     engine_env: Mapping[str, str] = field(repr=False)
     catalog: Catalog                         # the models of config.yaml
     config_file: Path | None                 # the config.yaml that was read; None: there is none
+    servers: ServersConfig                   # of servers.toml
     warnings: tuple[str, ...]
 
 
 # --- loading ------------------------------------------------------------------------------------------------------
 
 def load_settings(environ: Mapping[str, str], *, env_file: Path | None = None, config_file: Path | None = None,
-                  cwd: Path, overrides: Mapping[str, str] | None = None) -> Settings:
+                  servers_file: Path | None = None, cwd: Path, overrides: Mapping[str, str] | None = None) -> Settings:
     """Parses everything.  Command line (`overrides`, under the variables' names) > environment > .env > config.yaml >
     defaults.
 
-    Without `env_file`, `cwd`/.env is read where it exists; without `config_file`, the first of FILE_NAMES that does.
-    Raises ConfigError.
+    Without `env_file`, `cwd`/.env is read where it exists; without `config_file`, the first of FILE_NAMES that does;
+    without `servers_file`, that of SERVERS_CONFIG, else `cwd`/servers.toml.  Raises ConfigError.
     """
     home = Path(environ.get("HOME") or Path.home())
     env_layer = read_env_file(env_file, cwd, environ)
@@ -127,12 +134,15 @@ def load_settings(environ: Mapping[str, str], *, env_file: Path | None = None, c
     values |= _keys(values, file, layers, cwd, home)
     flags_config = _flags_config(layers, cwd, home)
     flags_env = _flags_env(layers)
+    servers = _servers(layers, servers_file, environ, cwd, home)
     return Settings(**values, catalog=file.catalog, config_file=config_path,
+                    servers=servers,
                     flags_default=MappingProxyType(merge_flags(
                         {_flag_name(s.name): s.parse(s.default) for s in SETTINGS if s.section == FLAGS})),
                     flags_config=MappingProxyType(flags_config), flags_env=MappingProxyType(flags_env),
                     engine_env=MappingProxyType(engine_variables(env_layer, environ)),
-                    warnings=(*_warnings(layers, flags_config, flags_env), *_second_file(config_file, cwd)))
+                    warnings=(*_warnings(layers, flags_config, flags_env), *_second_file(config_file, cwd),
+                              *servers.warnings))
 
 
 def _values(layers: tuple[Layer, ...], cwd: Path, home: Path) -> dict[str, Any]:
@@ -161,10 +171,20 @@ def _keys(values: Mapping[str, Any], file: ConfigFile, layers: tuple[Layer, ...]
     return found
 
 
+def watched_paths(environ: Mapping[str, str], *, env_file: Path | None = None, config_file: Path | None = None,
+                  servers_file: Path | None = None, cwd: Path) -> tuple[Path, ...]:
+    """The files that are read anew when they change, there or not; arguments as of `load_settings`.  Raises
+    ConfigError where it would because of `.env`."""
+    layers = ({name: Given(text, name) for name, text in environ.items()}, read_env_file(env_file, cwd, environ))
+    home = Path(environ.get("HOME") or Path.home())
+    return *config_paths(config_file, cwd), _servers_path(layers, servers_file, cwd, home)[0]
+
+
 def child_environment(settings: Settings, environ: Mapping[str, str]) -> dict[str, str]:
     """The environment of an engine: `environ` without our own names and secrets, with what .env holds for it."""
     child = {name: text for name, text in {**settings.engine_env, **environ}.items()
              if name not in OURS and name not in REFUSED and not name.startswith(DEFAULT_FLAG)
+             and name not in settings.servers.key_variables
              and name != "PROMETHEUS_MULTIPROC_DIR"}    # the daemon's, were it ever set; the engine makes its own
     if any(child.get(name) for name in PROXIES if name.lower() != "no_proxy"):
         listed = ",".join(filter(None, (child.get("no_proxy"), child.get("NO_PROXY"))))
@@ -239,6 +259,20 @@ def _flags_config(layers: Iterable[Layer], cwd: Path, home: Path) -> dict[str, A
     if not path.is_file():
         raise ConfigError(where("VLLM_CONFIG", layers), f"VLLM_CONFIG={named}: no such file")
     return flags_from_json(read_text(path), str(path))
+
+
+def _servers(layers: Iterable[Layer], wanted: Path | None, environ: Mapping[str, str], cwd: Path,
+             home: Path) -> ServersConfig:
+    path, named = _servers_path(layers, wanted, cwd, home)
+    return read_servers(path, environ) if named or path.exists() else ServersConfig()
+
+
+def _servers_path(layers: Iterable[Layer], wanted: Path | None, cwd: Path, home: Path) -> tuple[Path, bool]:
+    """Where the file is, and whether it was asked for."""
+    named = value(next(s for s in SETTINGS if s.name == "SERVERS_CONFIG"), layers)
+    if wanted is None and named is None:
+        return cwd / SERVERS_FILE, False
+    return (cwd / wanted if wanted is not None else _path(named, cwd, home)), True
 
 
 def _warnings(layers: tuple[Layer, ...], *user_flags: Mapping[str, Any]) -> tuple[str, ...]:

@@ -91,6 +91,10 @@ class UpgradeRequired(DaemonError):
     status, type, code = 426, "invalid_request_error", "upgrade_required"
 
 
+class LoopDetected(DaemonError):
+    status, type, code = 508, "invalid_request_error", "loop_detected"
+
+
 # --- what the manager cannot do now -----------------------------------------------------------------------------
 
 class ManagerError(DaemonError):
@@ -121,6 +125,18 @@ class NotReady(ManagerError):
     """The instance takes no requests now: pick again."""
 
     code = "not_ready"
+
+
+class NoServer(ManagerError):
+    """The servers that have the model are all down."""
+
+    code = "no_server_up"
+
+
+class BackendsBusy(ManagerError):
+    """All that serve the model have asked for fewer requests."""
+
+    status, type, code = 429, "rate_limit_error", "backends_busy"
 
 
 class StartTimeout(ManagerError):

@@ -6,52 +6,43 @@ passed on unchanged in both directions.
 
 from __future__ import annotations
 
-import re
-import socket
-import threading
+import logging
+import secrets
 import time
-from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
-from typing import Any, NamedTuple
-from urllib.parse import quote
+from typing import Any
 
 import orjson
 from flask import Blueprint, Request, Response, current_app, request
 from werkzeug.exceptions import ClientDisconnected
 
-from config import Key
-from errors import (
-    BadRequest,
-    Forbidden,
-    ModelNotFound,
-    NotFound,
-    TooLarge,
-    UpgradeRequired,
-    UpstreamError,
-)
+from config import Key, Settings
+from errors import BadRequest, Forbidden, NotFound, TooLarge, UpgradeRequired, UpstreamError
 from instance_manager import InstanceManager
-from instances.instance import ACTIVE, Candidate, Lease, State
+from instances.instance import ACTIVE, Lease, State
 from routing import commented, limits, paths, requested_model
 from routing.answer import Answer
+from routing.balancer import Balancer
+from routing.checker import Checker, LocalTarget
 from routing.client_watch import ClientWatch, Watched
-from routing.relay import RelayStream, TakenOver, may_be_taken_over, take_over
+from routing.forwarding import Forwarder, Outgoing, origin_of, outgoing, target
+from routing.health import Status
+from routing.policies import policy_named
+from routing.relay import RelayStream, TakenOver
 from routing.relay_process import Relays
+from routing.remote import Fleet, RemoteLease
+from routing.response_owners import ResponseOwners
 from routing.tunnel import handshake, open_tunnel, wants_upgrade
-from routing.upstream import (
-    ClientLeft,
-    ConnectionRefused,
-    Exchange,
-    Upstream,
-    request_headers,
-    response_headers,
-)
-from routing.waiting import Goal, Waiter
+from routing.upstream import ClientLeft, ConnectionRefused, Upstream, request_headers, response_headers
+from routing.waiting import Waiter
+from routing.ways import Way, Ways
 
-PICKS = 20                  # picks that may end in NotReady or a refused connection before the client is told
-VERDICT_S = 1.0             # how long a broken request waits for the keeper to say why
-RESPONSES_REMEMBERED = 10_000
-_RESPONSE_ID = re.compile(rb'"id"\s*:\s*"(resp_[\w-]{1,128})"')
+log = logging.getLogger("vllm_server.router")
+
+PICKS = 20                  # connections that may be refused before the client is told
+ASKED_FOR_RESPONSE = 16     # servers that are asked for a response whose maker is not remembered
+DEFAULT_CAPACITY = 256      # of an instance whose flags do not say (--max-num-seqs)
 
 
 class EngineResponse(Response):
@@ -69,33 +60,35 @@ class EngineResponse(Response):
             raise
 
 
-class Outgoing(NamedTuple):
-    """A request as an engine gets it, and whose it is: Flask's own is gone while a body is still being written."""
-
-    method: str
-    target: str
-    headers: dict[str, str]
-    payload: bytes | bytearray | None
-    client: socket.socket
-    protocol: str
-    relayed: bool       # whether a relay may carry its answer, unseen
-
-
 class Router:
-    """Everything the data routes share.  `start` and `close` bound the life of its thread and connections."""
+    """Everything the data routes share.  `start` and `close` bound the life of its threads and connections."""
 
     def __init__(self, manager: InstanceManager) -> None:
+        settings = manager.settings
         self.manager = manager
         self.watch = ClientWatch()
-        self.relays = Relays(manager.settings.relays) if manager.settings.relays else None
+        self.relays = Relays(settings.relays) if settings.relays else None
+        self.fleet = Fleet(settings.servers, name=f"vllm-server-{secrets.token_hex(4)}")
+        self.balancer = Balancer(self.fleet, policy_named(settings.routing_policy, settings.prefix_characters),
+                                 prefer_local=settings.prefer_local)
+        self.checker = Checker(self.balancer, self._targets)
         self.limits = limits.Limits()
-        self._upstream = Upstream(manager.settings.threads)
         self.started_at = int(time.time())
-        self._lock = threading.Lock()
-        self._response_owner: OrderedDict[str, str] = OrderedDict()
+        self._upstream = Upstream(settings.threads)
+        self._forwarder = Forwarder(manager, self.balancer, self._upstream, self.relays, self.fleet.name)
+        self.ways = Ways(manager, self.balancer)
+        self._owners = ResponseOwners()
+
+    def use(self, settings: Settings) -> None:
+        """Go over to other settings: the servers, and how they are chosen."""
+        for change in self.fleet.use(settings.servers):
+            log.info("servers: %s", change)
+        self.balancer.policy = policy_named(settings.routing_policy, settings.prefix_characters)
+        self.balancer.prefer_local = settings.prefer_local
 
     def start(self) -> None:
         self.watch.start()
+        self.checker.start()
         if self.relays is not None:
             self.relays.start()
 
@@ -106,21 +99,34 @@ class Router:
     def close(self) -> None:
         if self.relays is not None:
             self.relays.close()
+        self.checker.close()
         self.watch.close()
         self._upstream.close()
+
+    def _targets(self) -> Iterator[LocalTarget]:
+        """The instances that serve; the load of one decides something only where there is a choice."""
+        ready = [view for view in self.manager.snapshot() if view.state is State.READY and view.port is not None]
+        for view in ready:
+            name = view.names[0]
+            alone = sum(name in other.names for other in ready) == 1 and not any(map(len, self.fleet.pools(name)))
+            capacity = view.spec.flags.get("max_num_seqs")
+            yield LocalTarget(view.id, view.port or 0, capacity if isinstance(capacity, int) else DEFAULT_CAPACITY,
+                              watched=not alone)
 
     # --- the ways in ----------------------------------------------------------------------------------------------
 
     def by_model(self, incoming: Request, path: str) -> Response:
         """Forward to a backend of the model that the body names; waits while that loads."""
         body = self.read_body(incoming)
-        wanted = requested_model.find(incoming.headers.get("Content-Type", ""), body)
-        limits.check_model(_key(incoming), [wanted.model])
-        owner = self._owner(wanted.previous_response_id) if wanted.previous_response_id else None
-        with_id = self._remember if path == "/v1/responses" else None
+        wanted = requested_model.find(incoming.headers.get("Content-Type", ""), body,
+                                      with_fields=self.balancer.policy.sticky)
+        limits.check_model(caller(incoming), [wanted.model])
+        key = self.balancer.key(incoming.headers, wanted.fields)
+        owner = self._owners.find(wanted.previous_response_id)
+        with_id = self._owners.learn if path == "/v1/responses" else None
         comments = wanted.stream and path in commented.STREAMING and self.manager.settings.loading_comments
-        return self._forward(incoming, path, body, self._model(wanted.model), prefer=owner, with_id=with_id,
-                             comments=comments)
+        way = self.ways.to_model(wanted.model, key, owner, incoming.headers.get("Via", ""))
+        return self._forward(incoming, path, body, way, with_id=with_id, comments=comments)
 
     def to_instance(self, incoming: Request, instance_id: str, path: str) -> Response:
         """Forward to this instance, whatever the body says; waits while it loads."""
@@ -130,25 +136,27 @@ class Router:
         if paths.is_confusing(path):
             raise BadRequest("the path holds dot segments, empty segments or control characters", param="path",
                              code="invalid_path")
-        goal = self._instance(instance_id)
-        limits.check_model(_key(incoming), self.manager.get(instance_id).names)
+        way = self.ways.to_one(instance_id)
+        limits.check_model(caller(incoming), self.manager.get(instance_id).names)
         if wants_upgrade(incoming.headers.get("Connection", ""), incoming.headers.get("Upgrade", "")):
-            return self._upgrade(incoming, path, goal)
-        return self._forward(incoming, path, self.read_body(incoming), goal)
+            return self._upgrade(incoming, path, way)
+        return self._forward(incoming, path, self.read_body(incoming), way)
 
     def to_response_owner(self, incoming: Request, response_id: str, path: str) -> Response:
-        """Forward to the instance that made this response; one that is not remembered is asked for everywhere."""
+        """Forward to the backend that made this response; one that is not remembered is asked for everywhere."""
         body = self.read_body(incoming)
-        owner = self._owner(response_id)
-        key = _key(incoming)
-        ready = [view.id for view in self.manager.snapshot()
+        owner = self._owners.find(response_id)
+        key = caller(incoming)
+        known = [view.id for view in self.manager.snapshot()
                  if view.state is State.READY and (key is None or key.may_use(view.names))]
-        for instance_id in [owner] if owner in ready else ready:
-            answer = self._forward(incoming, path, body, self._instance(instance_id))
+        known += [view.url for view in self.fleet.views()
+                  if view.status is Status.UP and not view.leaving and (key is None or key.may_use(view.models))]
+        for backend in [owner] if owner in known else known[:ASKED_FOR_RESPONSE]:
+            answer = self._forward(incoming, path, body, self.ways.to_one(backend))
             if answer.status_code != 404:
-                self._note_owner(response_id, instance_id)
+                self._owners.note(response_id, backend)
                 return answer
-            if owner in ready:
+            if owner in known:
                 return answer
             answer.close()
         raise NotFound(f"no running instance knows the response {response_id[:64]!r}", code="response_not_found",
@@ -185,8 +193,8 @@ class Router:
                 raise BadRequest("name the model in the query: /v1/realtime?model=NAME", param="model",
                                  code="missing_model")
             model = running[0].names[0]
-        limits.check_model(_key(incoming), [model])
-        return self._upgrade(incoming, paths.REALTIME, self._model(model))
+        limits.check_model(caller(incoming), [model])
+        return self._upgrade(incoming, paths.REALTIME, self.ways.to_model(model, via=incoming.headers.get("Via", "")))
 
     def adapter(self, incoming: Request, path: str) -> Response:
         """Load or unload a LoRA adapter in the engine of the model that the body names; its name then routes there."""
@@ -194,65 +202,82 @@ class Router:
         wanted = requested_model.find(incoming.headers.get("Content-Type", ""), body)
         name = str(orjson.loads(body).get("lora_name", ""))
         owners: list[str] = []
-        answer = self._forward(incoming, path, body, self._model(wanted.model), with_owner=owners.append)
+        answer = self._forward(incoming, path, body, self.ways.to_instance_of(wanted.model), with_owner=owners.append)
         if answer.status_code == 200 and owners:
             view = self.manager.get(owners[0])
             others = tuple(known for known in view.names if known != name)
             self.manager.rename(view.id, (*others, name) if path == paths.ADAPTERS[0] else others)
         return answer
 
-    # --- one exchange ---------------------------------------------------------------------------------------------
+    # --- one request ----------------------------------------------------------------------------------------------
 
-    def _forward(self, incoming: Request, path: str, body: bytes | bytearray, goal: Goal, *,
-                 prefer: str | None = None, with_id: Callable[[bytes, str], None] | None = None,
+    def _forward(self, incoming: Request, path: str, body: bytes | bytearray, way: Way, *,
+                 with_id: Callable[[bytes, str], None] | None = None,
                  with_owner: Callable[[str], None] | None = None, comments: bool = False) -> Response:
         """`comments`: an event stream is asked for, whose client may be told of a long wait."""
-        outgoing = _outgoing(incoming, path, body)
-        watched = self.watch.add(outgoing.client)
-        waiter = self._waiter(goal, watched, prefer)
+        sent = outgoing(incoming, path, body, relayed=not limits.counts_tokens(caller(incoming)))
+        watched = self.watch.add(sent.client)
+        waiter = self._waiter(way, watched)
         try:
-            for _ in range(PICKS):
+            for _ in range(PICKS + way.attempts.max_retries):
                 lease = waiter.lease(within_s=commented.AFTER_S if comments else None)
                 if lease is None:
-                    return self._commented(outgoing, path, waiter, watched, with_id)
+                    return self._commented(sent, path, way, waiter, watched, with_id)
                 waiter.close()
                 if with_owner is not None:
                     with_owner(lease.instance_id)
                 try:
-                    return self._exchange(outgoing, lease, watched, with_id)
-                except ConnectionRefused:   # nothing was sent
-                    waiter.pause()
-            raise UpstreamError(f"{goal.what} takes no connections although it should be ready; try again later")
+                    answer = self._exchange(sent, lease, watched, way, with_id)
+                except UpstreamError as error:
+                    self._go_on(error, lease, way, waiter)
+                else:
+                    if answer is not None:
+                        return answer
+            raise UpstreamError(f"{way.goal.what} takes no connections although it should be ready; try again later")
         except BaseException:
             waiter.close()
             watched.close()
             raise
 
-    def _waiter(self, goal: Goal, watched: Watched, prefer: str | None = None) -> Waiter:
-        return Waiter(self.manager, goal, watched, prefer=prefer,
+    def _go_on(self, error: UpstreamError, lease: Lease, way: Way, waiter: Waiter) -> None:
+        """After a failed try.  Raises the error when no other one follows."""
+        local, refused = not isinstance(lease, RemoteLease), isinstance(error, ConnectionRefused)
+        if way.attempts.may_follow_error(error, local=local, refused=refused) and self.ways.another(way, lease):
+            self._leave(way, lease, error)
+        elif refused and local:
+            waiter.pause()      # nothing was sent, and its keeper will notice
+        else:
+            raise error
+
+    def _leave(self, way: Way, lease: Lease, error: UpstreamError) -> None:
+        log.info("a request for %s goes elsewhere after %s: %s", way.goal.what, lease.instance_id, error.message)
+        way.attempts.leave(lease.instance_id, error)
+
+    def _waiter(self, way: Way, watched: Watched) -> Waiter:
+        return Waiter(self.manager, way.goal, lambda candidates: self.ways.grant(way, candidates), watched,
                       patience_s=self.manager.settings.request_queue_timeout_s)
 
-    def _commented(self, outgoing: Outgoing, path: str, waiter: Waiter, watched: Watched,
+    def _commented(self, sent: Outgoing, path: str, way: Way, waiter: Waiter, watched: Watched,
                    with_id: Callable[[bytes, str], None] | None) -> Response:
         """200 now, and comments until the engine's own events can follow."""
         # Its head will not reach the client, who must not be sent what only that explains.
-        plain = outgoing._replace(headers={name: value for name, value in outgoing.headers.items()
-                                           if name.lower() != "accept-encoding"} | {"Accept-Encoding": "identity"})
+        plain = sent._replace(headers={name: value for name, value in sent.headers.items()
+                                       if name.lower() != "accept-encoding"} | {"Accept-Encoding": "identity"})
 
         def open_stream(lease: Lease) -> tuple[Answer, RelayStream]:
-            exchange, upstream = self._send(plain, lease, watched)
+            exchange, upstream = self._forwarder.send(plain, lease, watched, max(0.05, self.ways.left_s(way, lease)))
             return upstream, RelayStream(upstream, exchange, lease, watched, _first_piece(with_id, lease))
 
         stream = commented.CommentedStream(waiter, open_stream, watched, path)
         return EngineResponse(stream, status=200, headers=commented.HEADERS, direct_passthrough=True)
 
-    def _upgrade(self, incoming: Request, path: str, goal: Goal) -> Response:
+    def _upgrade(self, incoming: Request, path: str, way: Way) -> Response:
         upgrade = incoming.headers.get("Upgrade", "")
         if not wants_upgrade(incoming.headers.get("Connection", ""), upgrade) or incoming.method != "GET":
             raise UpgradeRequired(f"{path[:80]} is a WebSocket: send GET with Connection: Upgrade")
         client = incoming.environ["gunicorn.socket"]
         watched = self.watch.add(client)
-        waiter = self._waiter(goal, watched)
+        waiter = self._waiter(way, watched)
         try:
             lease = waiter.lease()
         finally:
@@ -260,20 +285,31 @@ class Router:
             watched.close()
         assert lease is not None
         try:
-            open_tunnel(self.relays, client, lease,
-                        handshake(_target(incoming, path), lease.port, incoming.headers, upgrade))
+            headers = self._forwarder.headers(lease, request_headers(incoming.headers, None))
+            open_tunnel(self.relays, client, lease, origin_of(lease),
+                        handshake(target(incoming, path), origin_of(lease), headers, upgrade))
         except BaseException:
             lease.release()
             raise
         return Response(TakenOver(lease), direct_passthrough=True)
 
-    def _exchange(self, outgoing: Outgoing, lease: Lease, watched: Watched,
-                  with_id: Callable[[bytes, str], None] | None) -> Response:
-        """Send, read the head, and hand what is held to a RelayStream.  Releases the lease if that fails."""
-        exchange, upstream = self._send(outgoing, lease, watched)
+    def _exchange(self, sent: Outgoing, lease: Lease, watched: Watched, way: Way,
+                  with_id: Callable[[bytes, str], None] | None) -> Response | None:
+        """Send, read the head, and hand what is held to a RelayStream; None: its answer sends it elsewhere.
+
+        Releases the lease if that fails.
+        """
+        limit_s = max(0.05, self.ways.left_s(way, lease))
+        exchange, upstream = self._forwarder.send(sent, lease, watched, limit_s)
+        if way.attempts.may_follow_status(upstream.head.status) and self.ways.another(way, lease):
+            self._forwarder.drop(upstream, exchange, lease, watched)
+            self._leave(way, lease, UpstreamError(f"it answered {upstream.head.status}"))
+            return None
+        idle_s = self.manager.settings.stream_idle_timeout_s
         on_first = _first_piece(with_id, lease)
-        if self._relayed(outgoing, upstream, exchange, lease, watched, on_first):
+        if self._forwarder.relayed(sent, upstream, exchange, lease, watched, on_first, idle_s):
             return Response(TakenOver(lease), direct_passthrough=True)
+        exchange.wait_for(idle_s)
         stream = RelayStream(upstream, exchange, lease, watched, on_first)
         response = EngineResponse(stream, status=upstream.head.status, headers=response_headers(upstream),
                                   direct_passthrough=True)
@@ -282,121 +318,11 @@ class Router:
             stream.end_without_body()
         return response
 
-    def _send(self, outgoing: Outgoing, lease: Lease, watched: Watched) -> tuple[Exchange, Answer]:
-        """Send and read the head.  Releases the lease if that fails."""
-        exchange = Exchange()
-        try:
-            lease.on_cut(exchange.abort)
-            watched.on_gone(exchange.abort)
-            return exchange, self._upstream.send(
-                exchange, outgoing.method, f"http://127.0.0.1:{lease.port}{outgoing.target}", outgoing.headers,
-                outgoing.payload, self.manager.settings.request_timeout_s)
-        except BaseException as error:
-            watched.on_gone(None)
-            exchange.detach()
-            try:
-                raise self._verdict(error, lease, watched) from error
-            finally:
-                lease.release()
-
-    def _relayed(self, outgoing: Outgoing, upstream: Answer, exchange: Exchange, lease: Lease,
-                 watched: Watched, on_first: Callable[[bytes], None] | None) -> bool:
-        """Whether a relay process has taken the stream over.  Releases what is held if that fails."""
-        if self.relays is None or not outgoing.relayed:
-            return False
-        if not may_be_taken_over(outgoing.method, outgoing.protocol, upstream):
-            return False
-        try:
-            if take_over(self.relays, outgoing.client, upstream, exchange, lease, watched, on_first):
-                return True
-        except BaseException:
-            upstream.close(complete=False)
-            lease.release()
-            raise
-        lease.on_cut(exchange.abort)
-        watched.watch_again(exchange.abort)
-        return False
-
-    def _verdict(self, error: BaseException, lease: Lease, watched: Watched) -> BaseException:
-        """What broke an exchange, as its client should hear it: its own leaving, the keeper's finding, the error."""
-        if watched.gone:
-            return ClientLeft()
-        if isinstance(error, ConnectionRefused) or not isinstance(error, UpstreamError):
-            return error
-        deadline = time.monotonic() + VERDICT_S
-        while lease.cut_error is None and time.monotonic() < deadline:
-            found = self.manager.problem_of(lease.instance_id)
-            if found is None or found[0] is not State.READY:
-                problem = found[1] if found is not None else None
-                return UpstreamError(problem.message, code=problem.code) if problem is not None else error
-            self.manager.wait_for_change(0.05)
-        return lease.cut_error or error
-
-    def _model(self, name: str) -> Goal:
-        """What is configured and not there is loaded for it."""
-        def backends() -> list[Candidate]:
-            candidates = self.manager.demand(name)
-            if not candidates:
-                raise ModelNotFound(self._not_here(name), param="model")
-            return candidates
-
-        return Goal(name, name, backends)
-
-    def _instance(self, instance_id: str) -> Goal:
-        """Raises NotFound."""
-        def backends() -> list[Candidate]:
-            view = self.manager.get(instance_id)
-            return [Candidate(view.id, view.state, view.in_flight)]
-
-        return Goal(f"instance {instance_id}", self.manager.get(instance_id).names[0], backends)
-
-    def _not_here(self, name: str) -> str:
-        entry = self.manager.settings.catalog.find(name)
-        if entry is not None:
-            return (f"the model {name[:256]!r} is not loaded, and AUTO_LOAD is off: POST /admin/models/{entry.id}/load "
-                    "loads it")
-        names = self.manager.model_names()
-        names += [known for one in self.manager.loadable() for known in one.names if known not in names]
-        listed = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-        return (f"there is no model {name[:256]!r} here. There are: {listed or 'none'}. Add it to config.yaml, or "
-                "start it with POST /instances")
-
-    # --- which instance made a response ---------------------------------------------------------------------------
-
-    def _remember(self, first_piece: bytes, instance_id: str) -> None:
-        if found := _RESPONSE_ID.search(first_piece):
-            self._note_owner(found[1].decode(), instance_id)
-
-    def _note_owner(self, response_id: str, instance_id: str) -> None:
-        with self._lock:
-            self._response_owner[response_id] = instance_id
-            self._response_owner.move_to_end(response_id)
-            while len(self._response_owner) > RESPONSES_REMEMBERED:
-                self._response_owner.popitem(last=False)
-
-    def _owner(self, response_id: str) -> str | None:
-        with self._lock:
-            return self._response_owner.get(response_id)
-
-
-def _outgoing(incoming: Request, path: str, body: bytes | bytearray) -> Outgoing:
-    payload = body if body or incoming.method in ("POST", "PUT", "PATCH") else None
-    return Outgoing(incoming.method, _target(incoming, path), request_headers(incoming.headers, payload), payload,
-                    incoming.environ["gunicorn.socket"], incoming.environ["SERVER_PROTOCOL"],
-                    not limits.counts_tokens(_key(incoming)))
-
 
 def _first_piece(with_id: Callable[[bytes, str], None] | None, lease: Lease) -> Callable[[bytes], None] | None:
     return None if with_id is None else lambda piece: with_id(piece, lease.instance_id)
 
 
-def _target(incoming: Request, path: str) -> str:
-    """Path and query as they go to the engine: the path in its one canonical spelling."""
-    query = incoming.environ.get("QUERY_STRING", "")
-    return quote(path, safe=_PATH_SAFE) + (f"?{query}" if query else "")
-
-
-_PATH_SAFE = "/:@!$&'()*+,;=-._~"
 ANY = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 
 blueprint = Blueprint("router", __name__)
@@ -407,21 +333,22 @@ def _router() -> Router:
     return router
 
 
+def caller(incoming: Request) -> Key | None:
+    """The key that came with a request, if it is one of those with limits."""
+    return incoming.environ.get(limits.CALLER)
+
+
 def limited(view: Callable[..., Response]) -> Callable[..., Response]:
     """Within the limits of the key that came with the request, until its answer has ended."""
     @wraps(view)
     def within_limits(**arguments: str) -> Response:
-        admission = _router().limits.enter(_key(request))
+        admission = _router().limits.enter(caller(request))
         try:
             return limits.until_its_end(view(**arguments), admission)
         except BaseException:
             admission.leave()
             raise
     return within_limits
-
-
-def _key(incoming: Request) -> Key | None:
-    return incoming.environ.get(limits.CALLER)
 
 
 @limited

@@ -30,6 +30,11 @@ from errors import ConfigError
 
 FILE = "servers.toml"
 MAX_SERVERS = 10_000
+OTHERS = frozenset({
+    "config_reload_interval", "health_check_timeout", "failure_threshold", "auto_recovery_threshold",
+    "enable_active_health_check", "health_check_max_response_time", "health_check_min_success_rate",
+    "health_check_window_size", "health_check_consecutive_failures"})
+"""Keys of [config] that mvllm has beyond the three: its files are read too, with a warning that these do nothing."""
 _NOTHING: Mapping[str, str] = MappingProxyType({})
 _PORTS = {"http": 80, "https": 443}
 _HEADER = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
@@ -67,6 +72,8 @@ class ServersConfig:
     request_timeout_s: float = 120.0                    # to an answer's first byte, all tries together
     max_retries: int = 3
     file: Path | None = None
+    key_variables: frozenset[str] = frozenset()         # environment variables that hold keys
+    warnings: tuple[str, ...] = ()
 
 
 def read_servers(path: Path, environ: Mapping[str, str]) -> ServersConfig:
@@ -104,7 +111,8 @@ class _Reader:
         listed = self._table(document, "servers")
         self._known(listed, ("servers",), "servers")
         config = self._table(document, "config")
-        self._known(config, ("health_check_interval", "request_timeout", "max_retries"), "config")
+        idle = sorted(config.keys() & OTHERS)
+        self._known(config, ("health_check_interval", "request_timeout", "max_retries", *idle), "config")
         entries = listed.get("servers", [])
         if not isinstance(entries, list) or len(entries) > MAX_SERVERS:
             raise self._error("servers", "servers", f"expected a list of at most {MAX_SERVERS} servers")
@@ -112,6 +120,8 @@ class _Reader:
         self._no_duplicates(servers)
         return ServersConfig(
             servers, file=self._path,
+            key_variables=frozenset(entry["api_key_env"] for entry in entries if "api_key_env" in entry),
+            warnings=(f"{self._path}: {', '.join(idle)} of [config] has no effect here",) if idle else (),
             health_check_interval_s=self._number(config, "health_check_interval", "config", 10.0, 0.1, 86400),
             request_timeout_s=self._number(config, "request_timeout", "config", 120.0, 0.1, 10 ** 6),
             max_retries=self._whole(config, "max_retries", "config", 0, 100, 3))

@@ -125,9 +125,9 @@ class Setting:
     for_engine: bool = False
 
 
-SERVER, ACCESS, INSTANCES, DEMAND, TIMES, FLAGS, ENGINE = (
-    "Server", "Access", "Instances", "Models on demand and their memory", "Times, in seconds",
-    "Default flags of every instance", "Passed to the engine")
+SERVER, ACCESS, INSTANCES, DEMAND, BALANCE, TIMES, FLAGS, ENGINE = (
+    "Server", "Access", "Instances", "Models on demand and their memory", "Choosing among instances and other servers",
+    "Times, in seconds", "Default flags of every instance", "Passed to the engine")
 _COUNT, _PORT, _WAIT, _SPAN = _whole(1, 10 ** 6), _whole(0, 65535), _seconds(zero=True), _seconds(zero=False)
 
 SETTINGS: tuple[Setting, ...] = (
@@ -177,11 +177,22 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(DEMAND, "MAX_QUEUE", "max_queue", "1000", _COUNT, "Most requests that wait for one model; beyond it: 503"),
     Setting(DEMAND, "LOADING_COMMENTS", "loading_comments", "true", _boolean,
             "Tell streaming clients that wait how far their model is, in comment lines of the stream"),
+    Setting(BALANCE, "SERVERS_CONFIG", None, "null", str,
+            "TOML file with vLLM servers on other machines; else ./servers.toml where it exists"),
+    Setting(BALANCE, "ROUTING_POLICY", "routing_policy", "load",
+            _one_of("load", "round_robin", "least_requests", "prefix", "session"),
+            "Who gets a request: load, round_robin, least_requests, prefix (who has the prompt's start), session"),
+    Setting(BALANCE, "PREFER_LOCAL", "prefer_local", "true", _boolean,
+            "Servers on other machines only when no instance here has room"),
+    Setting(BALANCE, "PREFIX_CHARACTERS", "prefix_characters", "256", _COUNT,
+            "So much of the start of a prompt decides where the policy prefix sends it"),
     Setting(TIMES, "VLLM_DEFAULT_TIMEOUT", "default_timeout_s", "600", _WAIT,
             "Idle time after which an instance is stopped; 0: never", ("IDLE_TIMEOUT",)),
     Setting(TIMES, "REQUEST_QUEUE_TIMEOUT", "request_queue_timeout_s", "null", _WAIT,
             "Longest wait of a request for a loading model; null: until its start deadline"),
     Setting(TIMES, "REQUEST_TIMEOUT", "request_timeout_s", "3600", _SPAN, "Longest wait for an answer's first byte"),
+    Setting(TIMES, "STREAM_IDLE_TIMEOUT", "stream_idle_timeout_s", "600", _SPAN,
+            "A stream that says nothing for so long is cut"),
     Setting(TIMES, "START_TIMEOUT", "start_timeout_s", "600", _SPAN,
             "Longest start of an instance, not counting a download that grows"),
     Setting(TIMES, "DRAIN_TIMEOUT", "drain_timeout_s", "30", _WAIT,

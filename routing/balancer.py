@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from instances.instance import ACTIVE, Candidate, State
 from routing.circuit import CLOSED, Circuit
-from routing.policies import Backend, Load, Policy, Reading, hash64, projected
+from routing.policies import Backend, Headers, Load, Policy, Reading, hash64, projected
 from routing.remote import BUSY_LIMIT_S, BUSY_S, Fleet, Outcome, Pool, RemoteLease
 
 LOOK_AT = 64                # of more servers than these, so many from a random (or the key's) place on are compared
@@ -67,7 +67,7 @@ class Balancer:
 
     # --- choosing -------------------------------------------------------------------------------------------------
 
-    def key(self, headers: Mapping[str, str], body: Mapping[str, Any] | None) -> int | None:
+    def key(self, headers: Headers, body: Mapping[str, Any] | None) -> int | None:
         found = self.policy.key(headers, body)
         return None if found is None else hash64(found)
 
@@ -211,16 +211,3 @@ def best_tier(backends: Sequence[Backend], now: float) -> Sequence[Backend]:
     closed = [one for one in backends if one.open_until <= now]
     return [one for one in closed if not one.suspect] or closed or backends
 
-
-def pick(candidates: Sequence[Candidate], prefer: str | None = None) -> str | None:
-    """The ready one with the fewest requests in flight, ties at random; `prefer` when that is ready.
-
-    None when none is ready.  Advice only: the lease decides.
-    """
-    ready = [candidate for candidate in candidates if candidate.state is State.READY]
-    if not ready:
-        return None
-    if prefer is not None and any(candidate.id == prefer for candidate in ready):
-        return prefer
-    least = min(candidate.in_flight for candidate in ready)
-    return random.choice([candidate.id for candidate in ready if candidate.in_flight == least])

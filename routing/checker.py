@@ -39,7 +39,6 @@ class LocalTarget(NamedTuple):
     id: str
     port: int
     capacity: int
-    in_flight: int
     watched: bool
 
 
@@ -62,7 +61,7 @@ class Checker:
         self._scrape_s = SCRAPE_S
 
     def start(self) -> None:
-        self._fleet.on_change = self.look_again
+        self._fleet.on_change, self._fleet.on_failure = self.look_again, self.hurry
         self._thread.start()
 
     def close(self) -> None:

@@ -29,6 +29,10 @@ class Status(StrEnum):
     SUSPECT = "suspect"
     DOWN = "down"
 
+    @property
+    def takes_requests(self) -> bool:
+        return self is not Status.DOWN
+
 
 class Health(NamedTuple):
     status: Status = Status.UNKNOWN

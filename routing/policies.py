@@ -86,12 +86,18 @@ def mixed(key: int, seed: int) -> int:
     return value ^ (value >> 32)
 
 
+class Headers(Protocol):
+    """Of a request, whatever the case of their names."""
+
+    def get(self, name: str, /) -> str | None: ...
+
+
 class Policy(Protocol):
     """`key` finds what of a request decides where it goes, or None; `choose` takes its `hash64`."""
 
     sticky: bool        # whether the same key should meet the same backends
 
-    def key(self, headers: Mapping[str, str], body: Mapping[str, Any] | None) -> str | None: ...
+    def key(self, headers: Headers, body: Mapping[str, Any] | None) -> str | None: ...
 
     def choose(self, backends: Sequence[Backend], key: int | None, draw: random.Random) -> Backend:
         """One of `backends`, of which there is at least one."""
@@ -101,7 +107,7 @@ class Policy(Protocol):
 class Keyless:
     sticky = False
 
-    def key(self, headers: Mapping[str, str], body: Mapping[str, Any] | None) -> str | None:
+    def key(self, headers: Headers, body: Mapping[str, Any] | None) -> str | None:
         return None
 
 
@@ -138,7 +144,7 @@ class Session(Load):
 
     sticky = True
 
-    def key(self, headers: Mapping[str, str], body: Mapping[str, Any] | None) -> str | None:
+    def key(self, headers: Headers, body: Mapping[str, Any] | None) -> str | None:
         """The header X-Session-Id; else `user`, or as Anthropic's clients send it `metadata.user_id`."""
         if session := headers.get("X-Session-Id"):
             return session
@@ -166,7 +172,7 @@ class Prefix(Load):
     def __init__(self, characters: int = 256) -> None:
         self._characters = characters
 
-    def key(self, headers: Mapping[str, str], body: Mapping[str, Any] | None) -> str | None:
+    def key(self, headers: Headers, body: Mapping[str, Any] | None) -> str | None:
         """The model and the first characters of the prompt."""
         if body is None:
             return None
@@ -193,6 +199,11 @@ def _has_room(one: Backend, total: float, capacity: float) -> bool:
 
 POLICIES: Mapping[str, type[Policy]] = {
     "load": Load, "round_robin": RoundRobin, "least_requests": LeastRequests, "prefix": Prefix, "session": Session}
+
+
+def policy_named(name: str, prefix_characters: int) -> Policy:
+    """One of POLICIES."""
+    return Prefix(prefix_characters) if name == "prefix" else POLICIES[name]()
 
 
 def lowest(backends: Sequence[Backend], scores: Sequence[float], draw: random.Random) -> Backend:

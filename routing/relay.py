@@ -17,11 +17,12 @@ import orjson
 
 from errors import DaemonError, EngineDied
 from instances.instance import Lease
+from routing import request_id
 from routing.answer import BODYLESS, Answer
 from routing.client_watch import Watched
 from routing.framing import CHUNKED, EOF
 from routing.relay_process import Relays, RelayUnavailable
-from routing.relay_wire import RELAY_DIED, UPSTREAM_CUT, Ended
+from routing.relay_wire import RELAY_DIED, TIMEOUT, UPSTREAM_CUT, Ended
 from routing.upstream import Exchange, response_headers, upstream_errors
 
 log = logging.getLogger("vllm_server.relay")
@@ -91,7 +92,7 @@ class RelayStream:
             raise ConnectionResetError(errno.ECONNRESET, "the answer was cut")
 
     def _last_words(self, error: DaemonError) -> Iterator[bytes]:
-        log.warning("an answer of instance %s was cut: %s", self._lease.instance_id, error.message)
+        log.warning("an answer of %s was cut: %s", self._lease.instance_id, error.message)
         if self._answer.is_event_stream and self._between_events:
             yield error_event(error)
 
@@ -120,7 +121,8 @@ def may_be_taken_over(method: str, protocol: str, answer: Answer) -> bool:
 
 
 def take_over(relays: Relays, client: socket.socket, answer: Answer, exchange: Exchange, lease: Lease,
-              watched: Watched, on_first: Callable[[bytes], None] | None = None) -> bool:
+              watched: Watched, on_first: Callable[[bytes], None] | None = None,
+              idle_timeout_s: float | None = None) -> bool:
     """Hand the rest of an exchange to a relay process.  False, with nothing changed, when none can take it.
 
     Blocks for the body's first bytes only if somebody wants to see them (`on_first`).  The lease is released when
@@ -137,10 +139,13 @@ def take_over(relays: Relays, client: socket.socket, answer: Answer, exchange: E
     read = answer.incoming.peek()
     head = response_head(answer)
 
+    asked = request_id.current()
+
     def ended(end: Ended) -> None:
-        if end.by in (UPSTREAM_CUT, RELAY_DIED):
-            log.warning("a stream of instance %s was cut after %d bytes (%s)", lease.instance_id, end.bytes_to_client,
-                        end.by)
+        if end.by in (UPSTREAM_CUT, RELAY_DIED, TIMEOUT):
+            with request_id.of(asked):
+                log.warning("a stream of %s was cut after %d bytes (%s)", lease.instance_id, end.bytes_to_client,
+                            end.by)
         lease.release(ok=end.complete)
 
     lease.on_cut(None)
@@ -148,7 +153,7 @@ def take_over(relays: Relays, client: socket.socket, answer: Answer, exchange: E
     try:
         taken = relays.hand_over(client, upstream, to_client=head + read, body_at=len(head), on_end=ended,
                                  framing=CHUNKED if answer.head.chunked else EOF, sse=answer.is_event_stream,
-                                 cut_message=CUT_MESSAGE)
+                                 cut_message=CUT_MESSAGE, idle_timeout_s=idle_timeout_s)
     except RelayUnavailable as error:
         log.warning("a request thread carries a stream: %s", error)
         return False

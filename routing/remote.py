@@ -79,7 +79,8 @@ def _tls(config: ServerConfig) -> ssl.SSLContext | None:
 class RemoteLease(Lease):
     """The right to send one request to a server.  `instance_id` is the server's url.
 
-    `answered`: the head of the answer is there; until then the request may still go elsewhere.
+    `answered`: the head of the answer is there; until then the request may still go elsewhere.  `cold`: the server has
+    to load the model first.
     """
 
     def __init__(self, server: Server, model: str, release: Callable[[Lease, bool], None]) -> None:
@@ -87,6 +88,7 @@ class RemoteLease(Lease):
         self.server = server
         self.origin = server.origin
         self.model = model
+        self.cold = model in server.offered and not server.offered[model].warm
         self.answered = False
 
 
@@ -192,14 +194,15 @@ class ServerView:
 
 
 class Fleet:
-    """Thread-safe.  `on_change` is called outside the lock when servers came, went or were reconfigured."""
+    """Thread-safe.  Called outside the lock: `on_change` when servers came, went or were reconfigured, `on_failure`
+    when a request failed at one."""
 
     def __init__(self, config: ServersConfig | None = None, *, name: str = "vllm-server",
                  clock: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time) -> None:
         self.name = name                        # among vllm-servers: what they find a loop by
         self.on_change: Callable[[], None] = lambda: None
+        self.on_failure: Callable[[str], None] = lambda url: None
         self.config = ServersConfig()
-        self.problem: str | None = None         # why the file as it is now is not in force
         self._clock = clock
         self._wall = wall
         self._lock = threading.Lock()
@@ -230,13 +233,9 @@ class Fleet:
             for name in ("health_check_interval_s", "request_timeout_s", "max_retries"):
                 if getattr(config, name) != getattr(self.config, name):
                     changes.append(f"{name.removesuffix('_s')} is {getattr(config, name):g}")
-            self.config, self.problem = config, None
+            self.config = config
         self.on_change()
         return changes
-
-    def reject(self, problem: str) -> None:
-        """The file cannot be used: what is in force stays, and readers are told."""
-        self.problem = problem
 
     def _join(self, config: ServerConfig) -> None:
         server = self._leaving.pop(config.url, None)
@@ -331,6 +330,8 @@ class Fleet:
                     log.warning("%s: %d requests in a row failed there; it gets one now and then until one succeeds",
                                 server.url, server.circuit.failures)
             server.refresh()
+        if outcome is Outcome.FAILED:
+            self.on_failure(server.url)
 
     def in_flight(self, url: str) -> int:
         server = self._servers.get(url)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import orjson
 from werkzeug.exceptions import RequestEntityTooLarge
@@ -18,7 +21,8 @@ LARGE_BODY_BYTES = 1 << 16      # smaller ones are decoded whole
 LOOKS = 64                      # quotes that are looked at before it must have paid,
 BYTES_A_LOOK = 4096             # which is when so many bytes were passed over for each
 _BACKSLASH = ord("\\")
-_STAND_IN = b'"' + b"x" * (MAX_NAME + 1) + b'"'
+_STAND_IN = b'"%08x' + b"x" * (MAX_NAME + 1) + b'"'
+_STAND_FOR = 256                # bytes at the start of a long string that its stand-in tells from others
 _FORM_FIELDS = ("model", "stream")
 
 
@@ -29,10 +33,11 @@ class Wanted:
     model: str
     stream: bool = False
     previous_response_id: str | None = None
+    fields: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
 
 
-def find(content_type: str, body: bytes | bytearray) -> Wanted:
-    """The model that a JSON or multipart body names.
+def find(content_type: str, body: bytes | bytearray, *, with_fields: bool = False) -> Wanted:
+    """The model that a JSON or multipart body names; `with_fields` all of a JSON body, but for what long strings say.
 
     Raises BadRequest (no JSON, no object, no model, not a string) or UnsupportedMediaType.
     """
@@ -41,12 +46,12 @@ def find(content_type: str, body: bytes | bytearray) -> Wanted:
     if kind == "multipart/form-data":
         return _in_form(body, options.get("boundary", ""))
     if kind in ("", "application/json") or kind.endswith("+json"):
-        return _in_json(body)
+        return _in_json(body, with_fields)
     raise UnsupportedMediaType(f"cannot read a model name from a body of type {kind[:80]!r}: send application/json "
                                "or multipart/form-data", param="Content-Type")
 
 
-def _in_json(body: bytes | bytearray) -> Wanted:
+def _in_json(body: bytes | bytearray, with_fields: bool) -> Wanted:
     try:
         data = orjson.loads(without_long_strings(body))
     except orjson.JSONDecodeError as error:
@@ -55,7 +60,8 @@ def _in_json(body: bytes | bytearray) -> Wanted:
         raise BadRequest("the body must be a JSON object with a \"model\"", code="invalid_json")
     previous = data.get("previous_response_id")
     return Wanted(model=_checked(data.get("model")), stream=data.get("stream") is True,
-                  previous_response_id=previous if isinstance(previous, str) and len(previous) <= MAX_NAME else None)
+                  previous_response_id=previous if isinstance(previous, str) and len(previous) <= MAX_NAME else None,
+                  fields=data if with_fields else None)
 
 
 def without_long_strings(body: bytes | bytearray) -> bytes | bytearray:
@@ -77,7 +83,7 @@ def without_long_strings(body: bytes | bytearray) -> bytes | bytearray:
         if end < 0 or looks > LOOKS + end // BYTES_A_LOOK:
             break
         if end - start > LONG_BYTES:
-            kept += (body[kept_to:start], _STAND_IN)
+            kept += (body[kept_to:start], _STAND_IN % zlib.crc32(body[start:start + _STAND_FOR]))
             kept_to = end + 1
         start = body.find(b'"', end + 1)
     return b"".join((*kept, body[kept_to:])) if kept else body

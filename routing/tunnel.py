@@ -7,7 +7,7 @@ as the engine wrote it.
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import orjson
 
@@ -16,7 +16,8 @@ from instances.instance import Lease
 from routing.framing import TUNNEL
 from routing.relay_process import Relays, RelayUnavailable
 from routing.relay_wire import Ended
-from routing.upstream import CONNECT_TIMEOUT_S, ConnectionRefused, request_headers
+from routing.remote import Origin
+from routing.upstream import CONNECT_TIMEOUT_S, ConnectionRefused
 
 
 class NoRelay(ManagerError):
@@ -28,22 +29,26 @@ def wants_upgrade(connection: str, upgrade: str) -> bool:
     return bool(upgrade) and "upgrade" in (token.strip().lower() for token in connection.split(","))
 
 
-def handshake(target: str, port: int, headers: Iterable[tuple[str, str]], upgrade: str) -> bytes:
-    """The request as the engine gets it: the client's headers without keys and hop-by-hop ones, and the upgrade."""
-    lines = [f"GET {target} HTTP/1.1", f"Host: 127.0.0.1:{port}", "Connection: Upgrade", f"Upgrade: {upgrade}",
-             *(f"{name}: {value}" for name, value in request_headers(headers, None).items())]
+def handshake(target: str, origin: Origin, headers: Mapping[str, str], upgrade: str) -> bytes:
+    """The request as the backend gets it: with these headers, which hold no keys and no hop-by-hop ones."""
+    path = origin.base.partition("://")[2].partition("/")
+    lines = [f"GET {path[1]}{path[2]}{target} HTTP/1.1", f"Host: {path[0]}", "Connection: Upgrade",
+             f"Upgrade: {upgrade}", *(f"{name}: {value}" for name, value in headers.items())]
     return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
 
-def open_tunnel(relays: Relays | None, client: socket.socket, lease: Lease, request: bytes) -> None:
-    """Connect to the engine and give both sockets to a relay, which releases the lease at the end.
+def open_tunnel(relays: Relays | None, client: socket.socket, lease: Lease, origin: Origin, request: bytes) -> None:
+    """Connect to the backend and give both sockets to a relay, which releases the lease at the end.
 
     Raises ConnectionRefused or NoRelay; the lease is still the caller's then.
     """
     if relays is None:
         raise NoRelay("WebSockets need a relay process: set RELAYS to 1 or more")
+    if origin.tls is not None:
+        raise NoRelay(f"a WebSocket cannot be carried to a server behind https ({lease.instance_id})",
+                      code="no_relay_for_tls")
     try:
-        upstream = socket.create_connection(("127.0.0.1", lease.port), CONNECT_TIMEOUT_S)
+        upstream = socket.create_connection((origin.host, origin.port), CONNECT_TIMEOUT_S)
     except OSError as error:
         raise ConnectionRefused("the engine takes no connections") from error
 

@@ -87,6 +87,12 @@ class Exchange:
         with self._lock:
             self._socket = None
 
+    def wait_for(self, timeout_s: float) -> None:
+        """From now on, how long one piece of the answer may take."""
+        with self._lock:
+            if self._socket is not None:
+                self._socket.settimeout(timeout_s)
+
     def abort(self) -> None:
         """End it now, whatever its thread waits for: that sees a closed connection."""
         with self._lock:
@@ -238,7 +244,7 @@ def upstream_errors() -> Iterator[None]:
     except NewConnectionError as error:
         raise ConnectionRefused("the engine takes no connections") from error
     except TimeoutError as error:
-        raise UpstreamTimeout("the engine did not answer in time (REQUEST_TIMEOUT)") from error
+        raise UpstreamTimeout("the engine did not answer in time (REQUEST_TIMEOUT, STREAM_IDLE_TIMEOUT)") from error
     except BadHead as error:
         raise UpstreamError(f"the engine's answer is not valid HTTP: {error}", code="bad_answer") from error
     except ConnectionError as error:

@@ -13,7 +13,6 @@ from typing import NamedTuple, Protocol
 
 from errors import LoadFailed, ManagerError, NotFound, NotReady, StartTimeout
 from instances.instance import ACTIVE, Candidate, InstanceView, Lease, Problem, State
-from routing import balancer
 from routing.client_watch import Watched
 from routing.upstream import ClientLeft
 
@@ -22,8 +21,6 @@ LOOK_S = 0.5                # how often a waiting request looks whether its clie
 
 class Manager(Protocol):
     """What waiting needs of the registry."""
-
-    def lease(self, instance_id: str) -> Lease: ...
 
     def wait_for_change(self, timeout_s: float, wanted: Collection[str] = ()) -> None: ...
 
@@ -45,19 +42,22 @@ class Goal(NamedTuple):
 
 
 class Waiter:
-    """It enters the queue when there is something to wait for, and leaves it in `close`.
+    """`grant` takes a lease on one of the backends that are ready, or on another machine's server; None: there is
+    something to wait for.  It may raise NotReady and NotFound, and is asked again then.
+
+    It enters the queue when there is something to wait for, and leaves it in `close`.
 
     `patience_s` None: as long as the slowest of the backends may take to start, from when its start begins.
     """
 
-    def __init__(self, manager: Manager, goal: Goal, watched: Watched, *, prefer: str | None = None,
-                 patience_s: float | None = None) -> None:
+    def __init__(self, manager: Manager, goal: Goal, grant: Callable[[list[Candidate]], Lease | None],
+                 watched: Watched, *, patience_s: float | None = None) -> None:
         self.what = goal.what
         self._manager = manager
         self._goal = goal
+        self._grant = grant
         self._watched = watched
         self._queued = ExitStack()
-        self._prefer = prefer
         self._patience_s = patience_s
         self._deadline: float | None = None
         self._candidates: list[Candidate] = []
@@ -65,18 +65,17 @@ class Waiter:
     def lease(self, within_s: float | None = None) -> Lease | None:
         """A lease on a ready backend; None when `within_s` seconds are over and none is ready.
 
-        Raises what the goal's `backends` raises, QueueFull, LoadFailed with the cause, StartTimeout, ClientLeft,
-        ShuttingDown.
+        Raises what `grant` and the goal's `backends` raise, QueueFull, LoadFailed with the cause, StartTimeout,
+        ClientLeft, ShuttingDown.
         """
         until = None if within_s is None else time.monotonic() + within_s
         while True:
             self._candidates = self._goal.backends()
-            chosen = balancer.pick(self._candidates, self._prefer)
-            if chosen is not None:
-                try:
-                    return self._manager.lease(chosen)
-                except (NotReady, NotFound):
-                    continue
+            try:
+                if (lease := self._grant(self._candidates)) is not None:
+                    return lease
+            except (NotReady, NotFound):
+                continue
             raise_if_failed(self._manager, self._candidates, self.what)
             now = time.monotonic()
             if self._deadline is None:

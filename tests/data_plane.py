@@ -11,7 +11,7 @@ from tests.daemon import CHECKOUT, Daemon
 from tests.exchanges import CLOSE, Step, send
 
 COMMAND = f"{sys.executable} {CHECKOUT / 'tests/scripted_engine.py'}"
-PATCH: dict[str, object] = {"router.VERDICT_S": 0.02, "instances.instance.BACKOFF_LIMIT_S": 0.05}
+PATCH: dict[str, object] = {"routing.forwarding.VERDICT_S": 0.02, "instances.instance.BACKOFF_LIMIT_S": 0.05}
 """A broken answer of an engine that lives is given up at once, and one that died comes back at once."""
 
 

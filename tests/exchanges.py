@@ -19,7 +19,7 @@ from tests.support import wait_until
 
 Step = list[Any]
 _SIZE_LINE = re.compile(rb"([0-9a-fA-F]+)[^\r\n]*\r\n")
-HOP = frozenset({"connection", "keep-alive", "date", "server", "transfer-encoding", "trailer"})
+HOP = frozenset({"connection", "keep-alive", "date", "server", "transfer-encoding", "trailer", "x-request-id"})
 CLOSE: Step = ["close"]
 RESET: Step = ["reset"]
 LAST_WORDS = b'data: {"error":{'      # the last event of a stream that was cut may tell why

@@ -7,6 +7,7 @@ import json
 import socket
 import socketserver
 import ssl
+import struct
 import threading
 from collections import Counter
 from collections.abc import Mapping
@@ -37,6 +38,12 @@ class Handler(BaseHTTPRequestHandler):
             server.headers.append(dict(self.headers))
         if server.hangs.get(self.path, server.hangs.get("*")):
             server.released.wait(120)
+            if not server.answers_after_hang:
+                self.close_connection = True
+                return
+        if server.resets and self.command == "POST":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
             self.close_connection = True
             return
         status, headers, answer = server.answer(self.path, body)
@@ -45,6 +52,10 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(answer)))
         self.end_headers()
+        if server.cut_after is not None and self.command == "POST":
+            self.wfile.write(answer[:server.cut_after])
+            self.close_connection = True
+            return
         self.wfile.write(answer)
 
     def log_message(self, *_: object) -> None:
@@ -73,7 +84,11 @@ class StubServer(socketserver.ThreadingTCPServer):
         self.released = threading.Event()
         self.hangs: dict[str, bool] = {}
         self.statuses: dict[str, int] = {}
+        self.bodies: dict[str, bytes] = {}
         self.extra: dict[str, str] = {}         # headers of every answer
+        self.answers_after_hang = False         # once it is released; else it closes the connection
+        self.resets = False                     # connections of POST requests
+        self.cut_after: int | None = None       # bytes of a POST's answer
         self.running = self.waiting = 0
         self._open: set[socket.socket] = set()
         self._tls = tls
@@ -95,6 +110,8 @@ class StubServer(socketserver.ThreadingTCPServer):
             return status, self.extra, b""
         if status != 200:
             return status, self.extra, json.dumps({"error": {"message": f"{self.name} fails", "code": status}}).encode()
+        if path in self.bodies:
+            return 200, self.extra, self.bodies[path]
         return 200, self.extra, json.dumps({"server": self.name, "got": len(body)}).encode()
 
     def __enter__(self) -> Self:

@@ -20,6 +20,7 @@ from configuration.keys import parse_keys
 from instances.demand import Loadable
 from instances.instance import InstanceSpec, InstanceView, Problem, State
 from instances.resources import is_simulated
+from routing.remote import Fleet
 from routing.upstream import ClientLeft
 from web.reloader import Reloaded
 from web.shown import hide_secrets
@@ -84,7 +85,7 @@ def client(manager: FakeManager) -> FlaskClient:
 
 
 def client_of(manager: FakeManager, reload: Callable[[], Reloaded] | None = None) -> FlaskClient:
-    router = cast(Any, SimpleNamespace(manager=manager, watch=None))
+    router = cast(Any, SimpleNamespace(manager=manager, watch=None, fleet=Fleet(), started_at=7))
     audit = cast(Any, SimpleNamespace(note=lambda *_: None))
     reloader = cast(Any, SimpleNamespace(reload=reload, problem=None))
     return create_app(Deps(cast(Any, manager), router, reloader, audit)).test_client()

@@ -135,8 +135,8 @@ def test_a_request_that_failed_hurries_the_next_check() -> None:
 def test_an_instance_whose_load_matters_is_read_and_another_is_not() -> None:
     with StubServer() as watched, StubServer() as other:
         watched.running = 2
-        targets = [LocalTarget("x", watched.port, 8, 2, watched=True),
-                   LocalTarget("y", other.port, 9, 0, watched=False)]
+        targets = [LocalTarget("x", watched.port, 8, watched=True),
+                   LocalTarget("y", other.port, 9, watched=False)]
         balancer = Balancer(Fleet())
         checker = Checker(balancer, lambda: targets)
         checker.start()

@@ -237,14 +237,6 @@ def test_the_same_file_changes_nothing() -> None:
     assert fleet.use(ServersConfig((server(A, headers={"X": "y"}),))) == []
 
 
-def test_a_bad_file_is_told_and_changes_nothing() -> None:
-    fleet = fleet_of(server(A))
-    fleet.reject("servers.toml:3: no")
-    assert fleet.urls() == [A] and fleet.problem == "servers.toml:3: no"
-    fleet.use(ServersConfig((server(A),)))
-    assert fleet.problem is None
-
-
 # --- many -------------------------------------------------------------------------------------------------------------
 
 def test_a_pool_can_be_walked_from_anywhere() -> None:

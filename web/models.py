@@ -13,6 +13,7 @@ from flask import Blueprint, Response, jsonify, request
 from config import ModelConfig
 from errors import ModelNotFound
 from instances.instance import InstanceView, State
+from routing import listing
 from web import asked, auth, bodies
 from web.shown import UNLOADED, model_json, status_of
 
@@ -45,6 +46,8 @@ def _entries() -> list[dict[str, Any]]:
     for one in manager.loadable():
         for name in one.names:
             found.setdefault(name, _entry(name, asked.router().started_at, one.model, []))
+    fleet = asked.router().fleet
+    listing.add_servers(found, fleet.views(), fleet.name, asked.router().started_at, OWNER)
     return [found[name] for name in sorted(found) if key is None or key.may_use([name])]
 
 

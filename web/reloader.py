@@ -1,4 +1,4 @@
-"""Settings are read anew when somebody says so or config.yaml changes; what is bad changes nothing and is reported."""
+"""Settings are read anew when somebody says so or a file of theirs changes; what is bad changes nothing and is told."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from instance_manager import InstanceManager
 
 log = logging.getLogger("vllm_server")
 
-EVERY_S = 1.0       # how often config.yaml is looked at
+EVERY_S = 1.0       # how often the files are looked at
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,13 @@ class Reloaded:
 
 
 class Reloader:
-    """Thread-safe.  `read` raises ConfigError; `problem` is what was wrong with the files when they were last read."""
+    """Thread-safe.  `read` raises ConfigError; `use` gets what was read.  `problem`: what was wrong with the files when
+    they were last read."""
 
-    def __init__(self, read: Callable[[], Settings], manager: InstanceManager, watch: FileWatch) -> None:
+    def __init__(self, read: Callable[[], Settings], manager: InstanceManager, watch: FileWatch,
+                 use: Callable[[Settings], None] = lambda settings: None) -> None:
         self._read = read
+        self._use = use
         self._manager = manager
         self._watch = watch
         self._reloading = threading.Lock()
@@ -56,7 +59,9 @@ class Reloader:
                 raise refusal from None
             self.problem = None
             models = diff(self._manager.settings.catalog, settings.catalog)
-            reloaded = Reloaded(tuple(self._manager.reconfigure(settings)), models)
+            changed = tuple(self._manager.reconfigure(settings))
+            self._use(settings)
+            reloaded = Reloaded(changed, models)
             log.info("settings reloaded; %s", reloaded)
             return reloaded
 
@@ -66,7 +71,7 @@ class Reloader:
             self.reload()
 
     def tick(self, now: float) -> None:
-        """Every EVERY_S seconds: reload when config.yaml has changed and is written to no more."""
+        """Every EVERY_S seconds: reload when config.yaml or servers.toml has changed and is written to no more."""
         if self._watch.changed():
             self.try_reload()
 
@@ -75,3 +80,6 @@ class Reloader:
         before = self._manager.settings.config_file
         if before is not None and settings.config_file is None:
             raise ConfigError(str(before), "is gone; one that says `models: {}` takes all models away")
+        servers = self._manager.settings.servers.file
+        if servers is not None and settings.servers.file is None:
+            raise ConfigError(str(servers), "is gone; an empty one takes all servers away")

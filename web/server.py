@@ -33,6 +33,7 @@ from gunicorn.workers.gthread import TConn, ThreadWorker
 
 from config import Settings
 from errors import BadRequest, DaemonError
+from routing import request_id
 from web.intake import CONTINUE, Buffers, Collected, Intake, Taken
 from web.threads import LOOK_S, Threads
 
@@ -53,6 +54,7 @@ LINGER_S = 2.0
 REFUSED_S = 1.0             # without a free descriptor, clients wait in the backlog for so long before the next look
 VANISHED_S = 60             # of silence before a client's host is asked whether it is still there
 LINGER_BYTES = 1 << 20
+ACCESS_LINE = f'%(h)s %(l)s %(u)s %(t)s "%(r)s" %(s)s %(b)s "%(f)s" "%(a)s" %({{{request_id.HEADER.lower()}}}o)s'
 CLIENT_GONE = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.EBADF})
 OUT_OF_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 STATUS_NAMES = {400: "Bad Request", 413: "Content Too Large", 417: "Expectation Failed",
@@ -346,6 +348,7 @@ class Worker(ThreadWorker):
     # --- one request, on a thread of its own ------------------------------------------------------------------------
 
     def _serve(self, conn: Connection) -> None:
+        request_id.begin()
         taken = conn.intake.take()
         keep = self._answer(conn, taken)
         if taken.place is not None:
@@ -392,6 +395,7 @@ class Worker(ThreadWorker):
             log.error("a request failed", exc_info=exc)
         body = orjson.dumps(error.envelope())
         head = (f"HTTP/1.1 {status} {STATUS_NAMES.get(status, 'Error')}\r\nConnection: close\r\n"
+                f"{request_id.HEADER}: {request_id.current()}\r\n"
                 f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n")
         with contextlib.suppress(OSError):
             client.sendall(head.encode() + body)
@@ -440,8 +444,8 @@ class Server(BaseApplication):
             "bind": f"{host}:{settings.port}", "worker_class": worker, "workers": 1, "threads": settings.threads,
             "worker_connections": settings.max_connections, "keepalive": settings.keepalive_s, "timeout": BOUND_S,
             "graceful_timeout": int(graceful_s), "backlog": 4096, "logger_class": Log, "proc_name": "vllm-server",
-            "accesslog": "-" if settings.access_log else None, "control_socket_disable": True,
-            "post_fork": self._after_fork, "when_ready": self._ready,
+            "accesslog": "-" if settings.access_log else None, "access_log_format": ACCESS_LINE,
+            "control_socket_disable": True, "post_fork": self._after_fork, "when_ready": self._ready,
         }.items():
             self.cfg.set(name, value)
 

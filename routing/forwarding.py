@@ -1,0 +1,185 @@
+"""One try of one request at one backend: send it, read the head of the answer, hand a stream to a relay.
+
+Whoever fails here gives the lease back; whoever succeeds passes it on with what it returns.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+from urllib.parse import quote
+
+from errors import EngineStopped, ServerLost, UpstreamError
+from instances.instance import Lease, Problem, State
+from routing import request_id
+from routing.answer import Answer
+from routing.attempts import outcome_of, retry_after_s
+from routing.balancer import Balancer
+from routing.client_watch import Watched
+from routing.relay import may_be_taken_over, take_over
+from routing.relay_process import Relays
+from routing.remote import Origin, Outcome, RemoteLease
+from routing.upstream import ClientLeft, ConnectionRefused, Exchange, Upstream, request_headers
+
+VERDICT_S = 1.0             # how long a broken request waits for the keeper to say why
+_PATH_SAFE = "/:@!$&'()*+,;=-._~"
+
+OnFirst = Callable[[bytes], None]
+
+
+class Manager(Protocol):
+    """What a try needs of the registry."""
+
+    def problem_of(self, instance_id: str) -> tuple[State, Problem | None, str] | None: ...
+
+    def wait_for_change(self, timeout_s: float) -> None: ...
+
+
+class Outgoing(NamedTuple):
+    """A request as a backend gets it, and whose it is: Flask's own is gone while a body is still being written."""
+
+    method: str
+    target: str
+    headers: dict[str, str]
+    payload: bytes | bytearray | None
+    client: socket.socket
+    protocol: str
+    relayed: bool       # whether a relay may carry its answer, unseen
+
+
+def outgoing(incoming: Any, path: str, body: bytes | bytearray, *, relayed: bool = True) -> Outgoing:
+    """From Flask's request."""
+    payload = body if body or incoming.method in ("POST", "PUT", "PATCH") else None
+    headers = request_headers(incoming.headers, payload)
+    headers[request_id.HEADER] = request_id.current()
+    return Outgoing(incoming.method, target(incoming, path), headers, payload, incoming.environ["gunicorn.socket"],
+                    incoming.environ["SERVER_PROTOCOL"], relayed)
+
+
+def target(incoming: Any, path: str) -> str:
+    """Path and query as they go to the engine: the path in its one canonical spelling."""
+    query = incoming.environ.get("QUERY_STRING", "")
+    return quote(path, safe=_PATH_SAFE) + (f"?{query}" if query else "")
+
+
+def origin_of(lease: Lease) -> Origin:
+    return lease.origin if isinstance(lease, RemoteLease) else Origin.local(lease.port)
+
+
+def headers_for(origin: Origin, headers: dict[str, str], via: str) -> dict[str, str]:
+    """What a server on another machine gets beside the client's headers: its own, and who passed the request on."""
+    ours = {name.lower() for name in origin.headers}
+    sent = {name: value for name, value in headers.items() if name.lower() not in ours}
+    sent["Via"] = f"{sent['Via']}, 1.1 {via}" if "Via" in sent else f"1.1 {via}"
+    return sent | dict(origin.headers)
+
+
+class Forwarder:
+    """`name`: this daemon's among vllm-servers."""
+
+    def __init__(self, manager: Manager, balancer: Balancer, upstream: Upstream, relays: Relays | None,
+                 name: str) -> None:
+        self._manager = manager
+        self._balancer = balancer
+        self._upstream = upstream
+        self._relays = relays
+        self._name = name
+
+    def send(self, sent: Outgoing, lease: Lease, watched: Watched,
+             limit_s: float) -> tuple[Exchange, Answer]:
+        """Send and read the head; the balancer is told how that went.
+
+        Releases the lease if it fails: with ConnectionRefused, another UpstreamError, or ClientLeft.
+        """
+        exchange, origin = Exchange(), origin_of(lease)
+        headers = self.headers(lease, sent.headers)
+        try:
+            lease.on_cut(exchange.abort)
+            watched.on_gone(exchange.abort)
+            response = self._upstream.send(exchange, sent.method, origin.base + sent.target, headers, sent.payload,
+                                           limit_s, origin.tls)
+        except BaseException as error:
+            watched.on_gone(None)
+            exchange.detach()
+            try:
+                verdict = self._verdict(error, lease, watched)
+                self._balancer.note_outcome(told_as(lease), _blame(verdict))
+                raise verdict from error
+            finally:
+                lease.release()
+        if isinstance(lease, RemoteLease):
+            lease.answered = True
+        head = response.head
+        self._balancer.note_outcome(told_as(lease), outcome_of(head.status),
+                                    retry_after_s(response.header("retry-after")))
+        head.headers[:] = [pair for pair in head.headers if pair[0].lower() != request_id.HEADER.lower()]
+        head.headers.append((request_id.HEADER, sent.headers[request_id.HEADER]))
+        return exchange, response
+
+    def headers(self, lease: Lease, headers: dict[str, str]) -> dict[str, str]:
+        """What its backend gets of a client's headers."""
+        return headers_for(lease.origin, headers, self._name) if isinstance(lease, RemoteLease) else headers
+
+    def drop(self, response: Answer, exchange: Exchange, lease: Lease, watched: Watched) -> None:
+        """An answer that nobody will get."""
+        watched.on_gone(None)
+        lease.on_cut(None)
+        exchange.detach()
+        response.close(complete=False)
+        lease.release()
+
+    def relayed(self, sent: Outgoing, response: Answer, exchange: Exchange, lease: Lease,
+                watched: Watched, on_first: OnFirst | None, idle_timeout_s: float | None) -> bool:
+        """Whether a relay process has taken the stream over.  Releases what is held if that fails."""
+        if self._relays is None or not sent.relayed or not may_be_taken_over(sent.method, sent.protocol, response):
+            return False
+        try:
+            if take_over(self._relays, sent.client, response, exchange, lease, watched, on_first, idle_timeout_s):
+                return True
+        except BaseException:
+            response.close(complete=False)
+            lease.release()
+            raise
+        lease.on_cut(exchange.abort)
+        watched.watch_again(exchange.abort)
+        return False
+
+    def _verdict(self, error: BaseException, lease: Lease, watched: Watched) -> BaseException:
+        """What broke a try, as its client should hear it: its own leaving, the keeper's finding, the error."""
+        if watched.gone:
+            return ClientLeft()
+        if not isinstance(error, UpstreamError):
+            return error
+        if isinstance(lease, RemoteLease):
+            return lease.cut_error or _of_server(error, lease)
+        if isinstance(error, ConnectionRefused):
+            return error
+        deadline = time.monotonic() + VERDICT_S
+        while lease.cut_error is None and time.monotonic() < deadline:
+            found = self._manager.problem_of(lease.instance_id)
+            if found is None or found[0] is not State.READY:
+                problem = found[1] if found is not None else None
+                return UpstreamError(problem.message, code=problem.code) if problem is not None else error
+            self._manager.wait_for_change(0.05)
+        return lease.cut_error or error
+
+
+def told_as(lease: Lease) -> str | RemoteLease:
+    """What the balancer knows a lease by."""
+    return lease if isinstance(lease, RemoteLease) else lease.instance_id
+
+
+def _blame(error: BaseException) -> Outcome:
+    """Whether a try that failed so speaks against its backend."""
+    if isinstance(error, UpstreamError) and not isinstance(error, EngineStopped | ServerLost):
+        return Outcome.FAILED
+    return Outcome.UNKNOWN
+
+
+def _of_server(error: UpstreamError, lease: RemoteLease) -> UpstreamError:
+    """The same with the server's name in the place of the engine."""
+    if not isinstance(error, ServerLost):
+        error.message = error.message.replace("the engine", f"the server {lease.server.config.name}", 1)
+    return error
