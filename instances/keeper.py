@@ -10,17 +10,16 @@ import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from errors import DaemonError, EngineDied, EngineStopped, NoFreePort, NoRoom
-from instances import probe, sleeping
+from errors import DaemonError, EngineDied, EngineStopped, NoRoom
+from instances import probe, problems, sleeping
 from instances.instance import SERVED, Haste, Instance, Problem, State
-from instances.launcher import Engine, LaunchRefused, LaunchSpec
+from instances.launcher import Engine, LaunchSpec
 from instances.log_file import prune_logs, read_tail
 from instances.resources import LOGS_KEPT, Resources
 from instances.rooms import Rooms
 from instances.sleeping import Talk
 from instances.sockets import Listener
 from instances.start_watch import StartWatch
-from instances.startup_log import StartupLog
 from instances.store import Record
 from instances.tenancy import Tenancy
 from instances.watchdog import Verdict, Watchdog
@@ -141,7 +140,7 @@ class Keeper:
                 return
             self._engine = self._run_engine()
         except (DaemonError, OSError) as error:
-            self._fail(_problem_of_launch(self._instance.spec.model, error))
+            self._fail(problems.of_launch(self._instance.spec.model, error))
             return
         self._served = False
         self._registry.note_process(self._instance, self._engine.pid)
@@ -215,15 +214,10 @@ class Keeper:
 
     def _check_listener(self, engine: Engine, port: int) -> Problem | None:
         """Health was answered: by this engine, and to this machine only?"""
-        model, found = self._instance.spec.model, engine.listener(port)
+        found = engine.listener(port)
         if found is Listener.STRANGER:
             self._avoid.add(port)
-            return Problem("port_in_use", f"another program listens on port {port} that {model} was given; the next "
-                                          "try uses another one", status=503)
-        if found is Listener.EXPOSED:
-            return Problem("engine_exposed", f"the engine of {model} listens for other machines too, although it was "
-                                             "told --host 127.0.0.1; check VLLM_COMMAND", status=500, permanent=True)
-        return None
+        return problems.of_listener(self._instance.spec.model, port, found)
 
     def _fail_start(self) -> None:
         assert self._engine is not None
@@ -243,9 +237,7 @@ class Keeper:
         verdict = self._watchdog.look(now, last_success=self._instance.last_success,
                                       interval_s=settings.probe_interval_s, timeout_s=settings.probe_timeout_s)
         if verdict is Verdict.HANGS:
-            self._fail(Problem(
-                "engine_hung", f"the engine of {self._instance.spec.model} hangs: a small request was not answered "
-                f"within {settings.probe_timeout_s:g} s and no tokens were made meanwhile; it is restarted"))
+            self._fail(problems.hung(self._instance.spec.model, settings.probe_timeout_s))
         elif verdict is not None:
             self._died(verdict.value)
 
@@ -271,12 +263,7 @@ class Keeper:
         return self._tenancy.measure(self._engine.pids(), now)
 
     def _died(self, what: str) -> None:
-        tail = StartupLog()
-        tail.feed(read_tail(Path(self._instance.log_path)))
-        cause = tail.cause(None, self._instance.spec.model)
-        known = "" if cause.code == "exited" else f": {cause.detail or cause.message}"
-        self._fail(Problem("engine_died", f"the engine of {self._instance.spec.model} died, {what}{known}",
-                           cause.detail))
+        self._fail(problems.of_death(self._instance.spec.model, what, read_tail(Path(self._instance.log_path))))
 
     # --- asleep, and on the way there and back --------------------------------------------------------------------
 
@@ -307,8 +294,7 @@ class Keeper:
         if problem is None:
             self._registry.fell_asleep(instance)
         else:
-            self._registry.sleep_failed(instance, Problem(
-                "sleep_failed", f"{instance.spec.model} was not put to sleep: {problem}; it is stopped"))
+            self._registry.sleep_failed(instance, problems.no_sleep(instance.spec.model, problem))
 
     def _drains_for_sleep(self, now: float) -> bool:
         """Whether it cannot be told yet, or not any more: a request may have come before it was."""
@@ -359,8 +345,7 @@ class Keeper:
             self._tenancy.end_turn()
             self._registry.woke(instance)
         else:
-            self._registry.wake_failed(instance, Problem(
-                "wake_failed", f"{instance.spec.model} did not wake: {problem}; it is restarted"))
+            self._registry.wake_failed(instance, problems.no_wake(instance.spec.model, problem))
 
     def _stop_watchdog(self) -> None:
         if self._watchdog is not None:
@@ -484,13 +469,3 @@ class Keeper:
             return True
         log.warning("%s: still there %g s after SIGTERM; killing it", self._instance.id, limit_s)
         return False
-
-
-def _problem_of_launch(model: str, error: DaemonError | OSError) -> Problem:
-    """Why no engine was started, and whether another try makes sense."""
-    if isinstance(error, DaemonError):
-        passing = isinstance(error, NoRoom | NoFreePort | LaunchRefused) and error.code != "not_enough_gpus"
-        return Problem(error.code, error.message, status=error.status, permanent=not passing)
-    return Problem("state_dir", f"{model} is not started: {error.strerror or error}"
-                   f"{f' ({error.filename})' if error.filename else ''}; check STATE_DIR and the temporary folder",
-                   status=503)

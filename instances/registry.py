@@ -88,7 +88,11 @@ class Registry:
 
     @property
     def counters(self) -> dict[str, int]:
-        """What has happened since the daemon began, by name: loads, restarts, sleeps, wakes, wake_fallbacks, ..."""
+        """What has happened since the daemon began; a name is there once it has happened.
+
+        loads (of models of the catalog), cancelled_loads, failures, restarts, memory_retries, idle_stops, sleeps,
+        sleep_failures, wakes, wake_fallbacks, evictions_idle, evictions_in_use, evictions_host_memory
+        """
         with self._changed:
             return dict(self._counters)
 
