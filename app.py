@@ -127,7 +127,7 @@ class Daemon:
     def service(self) -> Service:
         app = create_app(Deps(self.manager, self.router, self.reloader, self.audit))
         return Service(wsgi=app, start=self.start, stop=self.stop, reload=self.reloader.try_reload,
-                       streams=self.router.streams, close_door=self.manager.close_door)
+                       streams=self.router.streams, waiting=self.manager.waiting, close_door=self.manager.close_door)
 
     def start(self) -> None:
         self.router.start()

@@ -134,7 +134,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(SERVER, "APP_HOST", "host", "0.0.0.0", _host, "Address to listen on"),
     Setting(SERVER, "APP_PORT", "port", "5000", _PORT, "Port to listen on; 0 picks a free one", ("PROXY_PORT",)),
     Setting(SERVER, "APP_DEBUG", "debug", "false", _boolean, "Log at level DEBUG, whatever LOG_LEVEL says"),
-    Setting(SERVER, "APP_THREADS", "threads", "512", _COUNT, "Most requests handled at once; threads start as needed"),
+    Setting(SERVER, "APP_THREADS", "threads", "512", _COUNT, "Most requests handled at once, beside those that wait for a model"),
     Setting(SERVER, "APP_KEEPALIVE", "keepalive_s", "75", _whole(0, _LONGEST_WAIT_S),
             "Seconds an idle client connection stays open"),
     Setting(SERVER, "APP_MAX_CONNECTIONS", "max_connections", "12000", _COUNT, "Most client connections at once"),

@@ -96,6 +96,11 @@ class Registry:
         with self._changed:
             return dict(self._counters)
 
+    def waiting(self) -> int:
+        """How many requests wait for a model."""
+        with self._changed:
+            return sum(map(len, self._lines.values()))
+
     def log_paths(self) -> list[Path]:
         with self._changed:
             return [Path(one.log_path) for one in self._instances.values()]

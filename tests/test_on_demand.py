@@ -132,6 +132,19 @@ def test_a_full_queue_says_when_to_come_again(tmp_path: Path) -> None:
         assert {answer.error["code"] for answer in told} <= {"stopping", "model_not_found"}
 
 
+def test_who_waits_keeps_nobody_out(tmp_path: Path) -> None:
+    """More requests wait for one model than there are threads; another model answers meanwhile."""
+    models = {"slow": entry({"start_s": 600}, model_path="org/slow"), "fast": entry(model_path="org/fast")}
+    with running(tmp_path, models, {"APP_THREADS": "17"}) as daemon, ThreadPoolExecutor(30) as pool:
+        assert chat(daemon, "fast").status == 200
+        waiting = [pool.submit(chat, daemon, "slow") for _ in range(30)]
+        wait_until(lambda: statuses(daemon)["slow"] == "starting")
+        assert [chat(daemon, "fast").status for _ in range(5)] == [200] * 5
+        assert not any(one.done() for one in waiting)
+        configure(daemon, {})
+        assert {one.result().error["code"] for one in waiting} <= {"stopping", "model_not_found"}
+
+
 def test_comments_while_a_configured_model_loads(tmp_path: Path) -> None:
     daemon = Daemon(tmp_path, patch={"routing.commented.AFTER_S": 0.2, "routing.commented.EVERY_S": 0.1})
     configure(daemon, {"m": entry({"start_s": 1.5}, model_path="org/m")})

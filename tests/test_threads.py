@@ -43,6 +43,20 @@ def test_one_request_at_a_time_takes_one_thread() -> None:
     end(threads)
 
 
+def test_threads_that_only_wait_keep_nobody_out() -> None:
+    blocked = Blocked(most=CORE)
+    blocked.threads.waiting = lambda: 3
+    for job in range(CORE + 5):
+        blocked.threads.submit(job)
+    for look in range(1, 100):
+        blocked.threads.grow(look * LOOK_S)
+    wait_until(lambda: blocked.running == CORE + 3)
+    assert blocked.threads.count == CORE + 3
+    blocked.gate.set()
+    wait_until(lambda: blocked.done == CORE + 5)
+    end(blocked.threads)
+
+
 def test_blocked_threads_are_joined_by_others_up_to_the_bound() -> None:
     blocked = Blocked(most=CORE + 5)
     for job in range(CORE + 10):

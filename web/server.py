@@ -78,7 +78,7 @@ class Service:
     """What the worker process runs: made in it, after the fork.
 
     `close_door` turns away who waits for a model, `stop` ends it all; it gets `hurry` and
-    `alive` callbacks.  `streams` counts connections that relays carry.
+    `alive` callbacks.  `streams` counts connections that relays carry, `waiting` requests that wait for a model.
     """
 
     wsgi: Wsgi
@@ -87,6 +87,7 @@ class Service:
     stop: Callable[[Callable[[], bool], Callable[[], None]], None]
     reload: Callable[[], None]
     streams: Callable[[], int]
+    waiting: Callable[[], int]
 
 
 class Log(glogging.Logger):
@@ -180,6 +181,7 @@ class Worker(ThreadWorker):
     def load_wsgi(self) -> None:
         self.service = self.app.make_service()
         self.wsgi = self.service.wsgi
+        self._threads.waiting = self.service.waiting
 
     def run(self) -> None:
         try:

@@ -21,7 +21,13 @@ IDLE_S = 30.0           # a thread past the core that had nothing to do for so l
 
 
 class Threads(Generic[Job]):
-    """`run(job)` is called on one of at most `most` threads; it must not raise."""
+    """`run(job)` is called on one of at most `most` threads; it must not raise.
+
+    `waiting` says how many of the jobs under way only wait for something that may take minutes: their threads do not
+    count, or a few hundred of them would keep out all others.
+    """
+
+    waiting: Callable[[], int] = staticmethod(lambda: 0)
 
     def __init__(self, most: int, run: Callable[[Job], None]) -> None:
         self._most = most
@@ -65,7 +71,7 @@ class Threads(Generic[Job]):
             self._jobs.put(None)
 
     def _start(self) -> None:
-        if self._count < self._most:
+        if self._count < self._most + self.waiting():
             with self._lock:
                 self._count += 1
             threading.Thread(target=self._work, name=f"request-{self._count}", daemon=True).start()
