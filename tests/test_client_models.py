@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.command import ARGV, environment, vllm_server
+from tests.command import ARGV, OnTerminal, environment, vllm_server
 from tests.daemon import Daemon
 from tests.sdk import CLIENTS
 from tests.support import wait_until
@@ -52,6 +53,14 @@ def test_a_configured_model_is_loaded_and_unloaded(sdk: Any) -> None:
     assert caught.value.code == "no_weights"
 
 
+def test_a_plan_tells_what_a_load_would_do(sdk: Any, daemon: Daemon) -> None:
+    found = sdk.plan("uno")
+    assert found["model"] == "org/one" and found["fits"] and found["gpus"] == [0] and found["stop"] == []
+    assert daemon.instances() == []
+    with pytest.raises(NotFound):
+        sdk.plan("nobody")
+
+
 def test_an_instance_sleeps_and_wakes(sdk: Any) -> None:
     one = sdk.load("sleeper", wait=True)["instances"][0]
     assert sdk.sleep_instance(one["id"], wait=True)["status"] == "sleeping"
@@ -84,6 +93,25 @@ def test_the_command_loads_by_configuration_and_unloads(daemon: Daemon) -> None:
     assert failed.code == Exit.LOAD_FAILED and "no weights" in failed.err.lower()
     assert vllm_server(daemon, "load", "org/other").code == 0       # not configured: made from its name
     assert "/admin/models/uno/load" in vllm_server(daemon, "audit", "-n", "9").out
+
+
+def test_the_command_plans_and_expects_what_it_took_before(daemon: Daemon) -> None:
+    vllm_server(daemon, "load", "uno")
+    vllm_server(daemon, "unload", "uno")
+    done = vllm_server(daemon, "plan", "uno")
+    assert done.code == 0 and done.out.startswith("org/one fits: ") and "takes     about" in done.out, done
+    assert vllm_server(daemon, "plan", "uno", "--json").json["seconds_expected"] > 0
+    with OnTerminal(daemon, "load", "uno") as terminal:
+        assert terminal.wait() == 0
+    assert " of about " in terminal.text
+    assert vllm_server(daemon, "plan", "nobody").code == Exit.NOT_FOUND
+
+
+def test_a_plan_that_does_not_fit_has_a_code_of_its_own(tmp_path: Path) -> None:
+    huge = entry(model_path="org/huge", memory_mb=2000)
+    with running(tmp_path, {"huge": huge}, {"HOST_MEMORY_BUDGET_MB": "1000"}) as daemon:
+        done = vllm_server(daemon, "plan", "huge")
+        assert done.code == Exit.UNAVAILABLE and "does not fit" in done.out, done
 
 
 def test_the_command_puts_to_sleep_and_wakes(daemon: Daemon) -> None:

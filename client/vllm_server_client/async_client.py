@@ -21,6 +21,7 @@ from vllm_server_client.types import (
     Health,
     Instance,
     Model,
+    Plan,
     Reload,
     Version,
 )
@@ -89,6 +90,9 @@ class AsyncVLLMProxyClient(AsyncTransport):
                      timeout_s: float | None = None) -> ConfiguredModel:
         return cast(ConfiguredModel, await self._json(
             calls.configured(name, "unload", timeout_s, force=force, wait=wait)))
+
+    async def plan(self, name: str) -> Plan:
+        return cast(Plan, await self._json(calls.plan(name)))
 
     # --- instances ------------------------------------------------------------------------------------------------
 

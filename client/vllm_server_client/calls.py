@@ -133,6 +133,10 @@ def configured(name: str, action: str = "", timeout_s: float | None = None, **fi
     return Call("POST", path, {field: True for field, wanted in fields.items() if wanted}, timeout_s=timeout_s)
 
 
+def plan(name: str) -> Call:
+    return Call("GET", f"/admin/models/{_segment(name)}/plan")
+
+
 def tiered(instance_id: str, action: str, timeout_s: float | None, **fields: int | None) -> Call:
     """sleep and wake; `fields` that are None or False are left out."""
     given = {name: value for name, value in fields.items() if value is not None and value is not False}

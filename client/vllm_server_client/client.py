@@ -21,6 +21,7 @@ from vllm_server_client.types import (
     Health,
     Instance,
     Model,
+    Plan,
     Reload,
     Version,
 )
@@ -100,6 +101,10 @@ class VLLMProxyClient(Transport):
                timeout_s: float | None = None) -> ConfiguredModel:
         """Let its requests finish (`force`: cut them), then stop it.  The next request loads it again."""
         return cast(ConfiguredModel, self._json(calls.configured(name, "unload", timeout_s, force=force, wait=wait)))
+
+    def plan(self, name: str) -> Plan:
+        """What a load of a configured model would do, without doing it."""
+        return cast(Plan, self._json(calls.plan(name)))
 
     # --- instances ------------------------------------------------------------------------------------------------
 

@@ -209,6 +209,26 @@ class ConfiguredModel(TypedDict):
     replicas: Replicas
 
 
+class Displaced(TypedDict):
+    id: str
+    model: str | None
+
+
+class Plan(TypedDict):
+    """What a load would do: `sleep` and `stop` are who would go for it, `source` is where the bytes come from."""
+
+    object: Literal["plan"]
+    model: str
+    fits: bool
+    gpus: list[int]
+    bytes_per_gpu: int | None
+    source: str
+    sleep: list[Displaced]
+    stop: list[Displaced]
+    seconds_expected: float | None
+    because: str
+
+
 class DeviceMemory(TypedDict):
     total: int
     used: int

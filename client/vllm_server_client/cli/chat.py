@@ -72,8 +72,8 @@ def _wait_for(terminal: Terminal, client: VLLMProxyClient, model: str) -> None:
         if found["status"] == "ready":
             return
         pending = [one["id"] for one in found["instances"] if one["status"] in loading.LOADING]
-        one = client.instance(pending[0]) if pending else loading.begin(client, model)
-        loading.until_ready(terminal, client, one, timeout_s=None)
+        one, expected_s = (client.instance(pending[0]), None) if pending else loading.begin(client, model)
+        loading.until_ready(terminal, client, one, timeout_s=None, expected_s=expected_s)
 
 
 class Talk:

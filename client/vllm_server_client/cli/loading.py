@@ -22,15 +22,19 @@ PENDING = LOADING | {"falling_asleep", "sleeping"}      # of one that was told t
 Show = Callable[[Instance], None]
 
 
-def begin(client: VLLMProxyClient, model: str) -> Instance:
-    """Load a model by the server's configuration, or as a hub's name or a folder where that has none of this name."""
+def begin(client: VLLMProxyClient, model: str) -> tuple[Instance, float | None]:
+    """Load a model by the server's configuration, or as a hub's name or a folder where that has none of this name.
+
+    Its instance, and the seconds that it took before, where that is known.
+    """
     if model not in {name for one in client.configured_models() for name in (one["id"], *one["aliases"])}:
-        return client.create_instance(model)
+        return client.create_instance(model), None
+    expected_s = client.plan(model)["seconds_expected"]
     shown = client.load(model)
     found = next((one for one in shown["instances"] if one["status"] in PENDING | {"ready"}), None)
     if found is None:
         raise LoadFailed(f"{model} was loaded and is {shown['status']} again", code="stopped")
-    return client.instance(found["id"])
+    return client.instance(found["id"]), expected_s
 
 
 def until_ready(terminal: Terminal, client: VLLMProxyClient, instance: Instance, *, timeout_s: float | None,

@@ -26,9 +26,9 @@ def cli() -> None:
     """
 
 
-for each in (instances.ps, models.models, models.load, models.unload, instances.stop, instances.sleep, instances.wake,
-             instances.logs, chat.chat, top.top, instances.gpus, server.health, server.audit, server.reload, run.run,
-             doctor.doctor, server.completion):
+for each in (instances.ps, models.models, models.load, models.plan, models.unload, instances.stop, instances.sleep,
+             instances.wake, instances.logs, chat.chat, top.top, instances.gpus, server.health, server.audit,
+             server.reload, run.run, doctor.doctor, server.completion):
     cli.add_command(each)
 
 

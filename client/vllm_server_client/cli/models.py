@@ -1,4 +1,4 @@
-"""models, load, unload: what can be named in requests, and bringing it into memory and out of it."""
+"""models, load, plan, unload: what can be named in requests, and bringing it into memory and out of it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from rich.text import Text
 
 from vllm_server_client.cli import loading, words
 from vllm_server_client.cli.complete import model_words
+from vllm_server_client.cli.exits import Exit
 from vllm_server_client.cli.instances import STOP_TIMEOUT_S, instance_table
 from vllm_server_client.cli.terminal import Command, Row, Terminal, pass_terminal, table
+from vllm_server_client.types import Displaced
 
 
 @click.command(cls=Command)
@@ -48,12 +50,38 @@ def load(terminal: Terminal, model: str, params: Sequence[str], wait: bool, time
     """
     with terminal.client() as client:
         if params or any(value not in (None, False) for value in options.values()):
-            instance = client.create_instance(whole_path(model), flags(params), **options)
+            instance, expected_s = client.create_instance(whole_path(model), flags(params), **options), None
         else:
-            instance = loading.begin(client, whole_path(model))
+            instance, expected_s = loading.begin(client, whole_path(model))
         if wait:
-            instance = loading.until_ready(terminal, client, instance, timeout_s=timeout)
+            instance = loading.until_ready(terminal, client, instance, timeout_s=timeout, expected_s=expected_s)
     terminal.show(instance, instance_table([instance]))
+
+
+@click.command(cls=Command)
+@click.argument("model", shell_complete=model_words)
+@click.pass_context
+def plan(context: click.Context, model: str) -> None:
+    """Tell what loading a configured model would do, without doing it.  Exit code 6 when it does not fit."""
+    terminal = context.ensure_object(Terminal)
+    with terminal.client() as client:
+        found = client.plan(model)
+    verdict = Text("fits", "green") if found["fits"] else Text("does not fit now", "red")
+    lines = [Text.assemble((found["model"], "bold"), " ", verdict, f": {found['because']}")]
+    if found["bytes_per_gpu"] is not None:
+        lines.append(Text(f"memory    {words.size(found['bytes_per_gpu'])} on each device ({found['source']})"))
+    if found["gpus"]:
+        lines.append(Text(f"devices   {words.devices(found['gpus'])}"))
+    lines += [Text(f"{what:<10}{', '.join(_displaced(one) for one in going)}")
+              for what, going in (("to sleep", found["sleep"]), ("to stop", found["stop"])) if going]
+    if found["seconds_expected"] is not None:
+        lines.append(Text(f"takes     about {words.span(found['seconds_expected'])}"))
+    terminal.show(found, *lines)
+    context.exit(Exit.OK if found["fits"] else Exit.UNAVAILABLE)
+
+
+def _displaced(one: Displaced) -> str:
+    return f"{one['model'] or 'an instance'} ({one['id']})"
 
 
 @click.command(cls=Command)
