@@ -190,7 +190,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(TIMES, "VLLM_DEFAULT_TIMEOUT", "default_timeout_s", "600", _WAIT,
             "Idle time after which an instance is stopped; 0: never", ("IDLE_TIMEOUT",)),
     Setting(TIMES, "REQUEST_QUEUE_TIMEOUT", "request_queue_timeout_s", "null", _WAIT,
-            "Longest wait of a request for a loading model; null: until its start deadline"),
+            "Longest wait of a request for a loading model; null: as long as its start may take"),
     Setting(TIMES, "REQUEST_TIMEOUT", "request_timeout_s", "3600", _SPAN, "Longest wait for an answer's first byte"),
     Setting(TIMES, "STREAM_IDLE_TIMEOUT", "stream_idle_timeout_s", "600", _SPAN,
             "A stream that says nothing for so long is cut"),
