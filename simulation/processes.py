@@ -100,9 +100,13 @@ def worker_names(rank: int, options: Options, knobs: Knobs) -> list[str]:
             for stage in range(pipeline) for part in range(tensor)]
 
 
+def title_prefix() -> str:
+    return os.environ.get("VLLM_PROCESS_NAME_PREFIX") or "VLLM"
+
+
 def set_title(name: str) -> None:
     from setproctitle import setproctitle
-    setproctitle(f"{os.environ.get('VLLM_PROCESS_NAME_PREFIX') or 'VLLM'}::{name}")
+    setproctitle(f"{title_prefix()}::{name}")
 
 
 def _in_child(body: Callable[[], int]) -> None:
@@ -188,26 +192,33 @@ def _engine_loop(name: str, workers: list[Worker], control_fd: int, wake_fd: int
 
 
 def _spawn_worker(name: str, life_fd: int) -> Worker:
+    """Returns when it has its title, or is dead."""
+    titled_read, titled_write = os.pipe()
     pid = os.fork()
     if pid == 0:
-        _in_child(lambda: run_worker(name, life_fd))
+        _in_child(lambda: run_worker(name, life_fd, titled_write))
+    os.close(titled_write)
+    os.read(titled_read, 1)
+    os.close(titled_read)
     return Worker(pid, name)
 
 
-def run_worker(name: str, life_fd: int) -> int:
-    """The body of a Worker: it ends when its engine is dead."""
-    _close_all_but({life_fd})
+def run_worker(name: str, life_fd: int, titled_fd: int) -> int:
+    """The body of a Worker: it closes `titled_fd` when it has its title, and ends when its engine is dead."""
+    _close_all_but({life_fd, titled_fd})
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     set_title(name)
+    os.close(titled_fd)
     os.read(life_fd, 1)
     return 0
 
 
 def _shared_memory(size_bytes: int) -> SharedMemory:
+    """Named psm_* as Python does it, with the instance's id in it: one that is left behind tells whose it was."""
     from multiprocessing.shared_memory import SharedMemory  # slow to import: only the engine pays
-    return SharedMemory(create=True, size=size_bytes)
+    return SharedMemory(f"psm_{title_prefix()}_{os.urandom(4).hex()}", create=True, size=size_bytes)
 
 
 def _ipc_sockets(worker_count: int) -> list[socket.socket]:

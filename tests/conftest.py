@@ -1,11 +1,14 @@
-"""Settings for all tests."""
+"""Settings and fixtures for all tests."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, configuration, settings
 
 # no deadlines: the machine is shared, and a test that waits for a socket is not slow because of what it tests
@@ -13,4 +16,12 @@ settings.register_profile("default", max_examples=300, deadline=None, suppress_h
 settings.register_profile("ci", settings.get_profile("default"), max_examples=10_000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 # its folder in the checkout would make pytest warn, and a warning is an error
-configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "vllm-server-hypothesis")
+configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir()) / f"vllm-server-hypothesis-{os.getuid()}")
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """For sockets, whose paths end at 107 bytes: `tmp_path` has the test's name in it, and the user's."""
+    folder = Path(tempfile.mkdtemp(prefix="vst", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder)

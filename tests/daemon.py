@@ -6,7 +6,6 @@ import contextlib
 import http.client
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -20,13 +19,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from instances import processes
-from tests.support import wait_until
+from instances import launcher, processes
+from tests.support import claim_ports, wait_until
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 SIMULATOR = f"{sys.executable} {CHECKOUT / 'simulator.py'}"
 HANG_S = 120.0          # a guard: nothing that works takes nearly so long
-PORTS_EACH = 60         # instance ports of one daemon, below the ephemeral range
 JSON = {"Content-Type": "application/json"}
 
 
@@ -133,10 +131,13 @@ class Daemon:
 
     @property
     def worker_pid(self) -> int:
-        """The process that holds the registry."""
-        children = [one.pid for one in processes.all_processes() if one.parent == self.pid and not one.zombie]
-        assert len(children) == 1, children
-        return children[0]
+        """The process that holds the registry.  Waits until the master has forked it."""
+        def children() -> list[int]:
+            return [one.pid for one in processes.all_processes() if one.parent == self.pid and not one.zombie]
+
+        wait_until(children)
+        pid, = children()
+        return pid
 
     def exited(self) -> bool:
         return self.process is None or self.process.poll() is not None
@@ -165,38 +166,69 @@ class Daemon:
 
     # --- what it leaves -------------------------------------------------------------------------------------------
 
+    def instance_ids(self) -> set[str]:
+        """Of every instance that it or a daemon before it on its state folder has had."""
+        logs = self.state / "logs"
+        kept = {path.name[:8] for path in logs.iterdir()} if logs.exists() else set()
+        return kept | set(re.findall(r"\b([0-9a-f]{8}) \(", self.log_path.read_text(errors="replace")))
+
+    def engine_sessions(self) -> dict[int, str]:
+        """Session -> instance id, of every live process of an engine of this daemon, with a record or without."""
+        ids = self.instance_ids()
+        found: dict[int, str] = {}
+        for one in processes.all_processes():
+            if not one.zombie and (owner := self._owner(one.pid, ids)) is not None:
+                found[one.session] = owner
+        return found
+
+    def _owner(self, pid: int, ids: set[str]) -> str | None:
+        """By the title of EngineCore and Worker, which have overwritten their environment, or by that of the rest:
+        each engine has a temporary folder of its own in the daemon's."""
+        title = processes.command_line(pid).partition("::")[0]
+        if title in ids:
+            return title
+        environment = processes.environment(pid)
+        if Path(environment.get("TMPDIR", "/")).is_relative_to(self.temporary):
+            return environment.get("VLLM_PROCESS_NAME_PREFIX")
+        return None
+
     def engine_processes(self) -> list[int]:
-        """Every live process of its engines, orphans included: by environment, by title, by session."""
-        ids = set(re.findall(r"\b([0-9a-f]{8}) \(", self.log_path.read_text(errors="replace")))
-        everyone = [one for one in processes.all_processes() if not one.zombie]
-        sessions = {one.session for one in everyone
-                    if processes.has_environment(one.pid, f"TMPDIR={self.temporary}")
-                    or processes.command_line(one.pid).partition("::")[0] in ids}
-        own = {self.process.pid} if self.process is not None else set()
-        return [one.pid for one in everyone if one.session in sessions - own - {os.getsid(0)}]
+        """Every live process of its engines, orphans included."""
+        sessions = self.engine_sessions()
+        return [one.pid for one in processes.all_processes() if one.session in sessions and not one.zombie]
+
+    def engine_memory(self) -> list[Path]:
+        """The files in /dev/shm of its simulated engines, whose names tell the instance."""
+        ids = self.instance_ids()
+        return [path for path in Path("/dev/shm").glob("psm_*_*") if path.name.split("_")[1] in ids]
 
     def records(self) -> list[str]:
         folder = self.state / "instances"
         return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
 
     def assert_nothing_left(self) -> None:
-        wait_until(lambda: not self.engine_processes(), 10)
-        wait_until(lambda: not any(processes.session_members(session) for session in self._sessions), 10)
+        """Of its engines, at once; its own helpers may end a moment after it."""
+        assert self.engine_processes() == []
+        assert self.engine_memory() == []
         assert list(self.temporary.iterdir()) == []
         assert self.records() == []
+        wait_until(lambda: not any(processes.session_members(session) for session in self._sessions))
         if not self.may_log_tracebacks:
             log = self.log_path.read_text(errors="replace")
             assert "Traceback" not in log, log
 
     def _end_everything(self) -> None:
+        """Whatever a test that failed has left."""
         if self.process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait(HANG_S)
             self.process = None
-        for pid in self.engine_processes() if self.log_path.exists() else []:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        if self.log_path.exists():
+            for session in [*self.engine_sessions(), *self._sessions]:
+                processes.kill_session(session, wait=launcher.wait_until)
+            for path in self.engine_memory():
+                path.unlink(missing_ok=True)
         self._claim.close()
         shutil.rmtree(self.temporary, ignore_errors=True)
 
@@ -295,23 +327,6 @@ class Daemon:
 
 def with_knobs(params: Mapping[str, Any] | None, sim: Mapping[str, object] | None) -> dict[str, Any]:
     return {**(params or {}), **({"additional_config": {"sim": dict(sim)}} if sim else {})}
-
-
-def claim_ports() -> tuple[socket.socket, int]:
-    """The first of a range of ports that no other test has, and the socket that keeps it so while it is open.
-
-    Below the ephemeral range: what the kernel gives out to others meanwhile is none of them.
-    """
-    for start in random.sample(range(10_000, 32_000, PORTS_EACH), k=300):
-        claim = socket.socket()
-        try:
-            claim.bind(("127.0.0.1", start))
-            claim.listen(1)
-        except OSError:
-            claim.close()
-            continue
-        return claim, start + 1
-    raise AssertionError("no range of ports is free")
 
 
 def _entry(patch: Mapping[str, object]) -> Sequence[str]:

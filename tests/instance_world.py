@@ -26,9 +26,10 @@ from instances.launcher import EngineRecord, LaunchSpec
 from instances.loop import Loop
 from instances.sockets import Listener
 from instances.store import StateDir
+from tests.support import claim_ports
 
 GIB = 1 << 30
-BASE_PORT = 23_400
+_CLAIM, BASE_PORT = claim_ports()        # this process's own: they are bound to see whether they are free
 HOST = gpu.Device(0, "", "CPU host memory", "host", 64 * GIB, 0, 64 * GIB)
 
 

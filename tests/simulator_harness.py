@@ -102,12 +102,14 @@ class Simulator:
         """Kills all but the tracker, which then removes the shared memory and goes."""
         for client in self._clients:
             client.close()
+        memory = self.shared_memory()
         for name, process in self.family().items():
             if name != "tracker":
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
         self.process.wait()
         wait_until(lambda: not self.family())
+        assert not any(block.exists() for block in memory), memory
 
 
 Launch = Callable[..., Simulator]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import tempfile
 import threading
@@ -18,9 +17,9 @@ from instance_manager import CreateRequest, InstanceManager
 from instances.ports import is_free
 from instances.store import StateDir
 from tests.churn import WAYS, assert_no_file, assert_no_process, churn, descriptors, settles
+from tests.support import claim_ports
 
 CHECKOUT = Path(__file__).parents[1]
-BASE_PORT = 24_900
 AT_ONCE = 4
 
 
@@ -50,16 +49,21 @@ class InProcess:
 
 
 @pytest.fixture
-def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="vsc", dir="/tmp"))       # short, as paths of sockets end at 107 bytes
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    yield folder
-    shutil.rmtree(folder)
+def temporary(short_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(tempfile, "tempdir", str(short_folder))
+    return short_folder
 
 
-def test_nothing_is_left_however_instances_end(tmp_path: Path, temporary: Path) -> None:
+@pytest.fixture
+def base_port() -> Iterator[int]:
+    claim, first = claim_ports()
+    with claim:
+        yield first
+
+
+def test_nothing_is_left_however_instances_end(tmp_path: Path, temporary: Path, base_port: int) -> None:
     settings = config.load_settings({"HOME": str(tmp_path)}, cwd=tmp_path, overrides={
-        "VLLM_COMMAND": f"{sys.executable} {CHECKOUT / 'simulator.py'}", "VLLM_BASE_PORT": str(BASE_PORT),
+        "VLLM_COMMAND": f"{sys.executable} {CHECKOUT / 'simulator.py'}", "VLLM_BASE_PORT": str(base_port),
         "VLLM_MAX_INSTANCES": str(AT_ONCE), "STATE_DIR": str(tmp_path / "state")})
     before = descriptors(), threading.active_count()
     state_dir = StateDir(settings.state_dir)

@@ -86,6 +86,8 @@ def refuses(daemon: Daemon) -> bool:
         daemon.socket().close()
     except ConnectionRefusedError:
         return True
+    except ConnectionResetError:        # it stood in the queue of the listener as that was closed
+        return False
     return False
 
 

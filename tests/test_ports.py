@@ -10,23 +10,15 @@ import pytest
 
 from instances import ports as ports_module
 from instances.ports import Ports, is_free
-
-BASE = 23_900
+from tests.support import can_bind_plainly, claim_ports
 
 
 @pytest.fixture
-def base() -> int:
-    """The first of 40 free ports in a row, on which no connection of an earlier test lingers either."""
-    return next(start for start in range(BASE, BASE + 4000, 40) if all(map(can_bind_plainly, range(start, start + 40))))
-
-
-def can_bind_plainly(port: int) -> bool:
-    with socket.socket() as plain:
-        try:
-            plain.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
+def base() -> Iterator[int]:
+    """The first of many free ports in a row."""
+    claim, first = claim_ports()
+    with claim:
+        yield first
 
 
 @pytest.fixture

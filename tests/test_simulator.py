@@ -214,17 +214,15 @@ def test_one_device_has_no_worker_but_on_a_cpu(launch: Launch, flags: tuple[str,
     assert set(launch(*flags, sim=sim).ready().family()) == {"server", "tracker", *titles}
 
 
-def test_sigterm_without_requests_ends_all_and_leaves_the_ipc_sockets(launch: Launch, tmp_path: Path) -> None:
-    rpc = tmp_path / "rpc"
-    rpc.mkdir()
-    simulator = launch("-tp", "2", VLLM_RPC_BASE_PATH=str(rpc)).ready()
+def test_sigterm_without_requests_ends_all_and_leaves_the_ipc_sockets(launch: Launch, short_folder: Path) -> None:
+    simulator = launch("-tp", "2", VLLM_RPC_BASE_PATH=str(short_folder)).ready()
     memory = simulator.shared_memory()
     assert len(memory) == 1 and memory[0].exists()
     simulator.process.terminate()
     assert simulator.process.wait(120) == 0
     wait_until(lambda: not simulator.family())
     assert not memory[0].exists()
-    assert [path.is_socket() for path in rpc.iterdir()] == [True] * 6
+    assert [path.is_socket() for path in short_folder.iterdir()] == [True] * 6
 
 
 def test_sigterm_with_a_request_in_flight_hangs_until_the_client_goes(launch: Launch) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import http.client
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -126,19 +125,6 @@ class RealDaemon(Daemon):
 
     # --- what runs for it -----------------------------------------------------------------------------------------
 
-    def engine_sessions(self) -> dict[int, str]:
-        """Session -> instance id, of every live process of an engine of this daemon, with a record or without."""
-        ids = set(re.findall(r"\b([0-9a-f]{8}) \(", self.log_path.read_text(errors="replace")))
-        found: dict[int, str] = {}
-        for one in processes.all_processes():
-            if not one.zombie and (owner := self._owner(one.pid, ids)) is not None:
-                found[one.session] = owner
-        return found
-
-    def engine_processes(self) -> list[int]:
-        sessions = self.engine_sessions()
-        return [pid for session in sessions for pid in self.session(session)]
-
     def session(self, leader: int) -> list[int]:
         return [member.pid for member in processes.session_members(leader)]
 
@@ -153,17 +139,6 @@ class RealDaemon(Daemon):
         """The leaders that the records on disk name."""
         records = [json.loads((self.state / "instances" / name).read_text()) for name in self.records()]
         return {record["engine"]["pid"] for record in records if record["engine"] is not None}
-
-    @staticmethod
-    def _owner(pid: int, ids: set[str]) -> str | None:
-        """By the title of EngineCore and Worker, which have overwritten their environment, or by that of the rest."""
-        title = processes.command_line(pid).partition("::")[0]
-        if title in ids:
-            return title
-        with contextlib.suppress(OSError):
-            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            return next((one for one in ids if f"VLLM_PROCESS_NAME_PREFIX={one}".encode() in environment), None)
-        return None
 
 
 def shared_memory(pid: int) -> set[str]:
