@@ -177,6 +177,8 @@ class Keeper:
         state = self._adopted_state() if self._served else State.READY
         self._engine.watch_core()
         self._learn_start(now)
+        if not self._served:
+            self._save(now)     # its shared memory is on record before anybody knows it as ready
         self._served = True
         self._watch_ready()
         if state in (State.READY, State.SLEEPING):

@@ -89,6 +89,7 @@ class FakeEngine:
     deaf: bool = False                  # to SIGTERM
     immortal: bool = False              # survives SIGKILL
     listens: Listener = Listener.OURS
+    shared: tuple[str, ...] = ()        # memory on record, known once it is watched
     asked: list[str] = field(default_factory=list)
     asleep: int = 0                     # its level
     sleep_status: int | None = 200      # what /sleep is answered with; None: nothing, and it does not sleep
@@ -112,7 +113,8 @@ class FakeEngine:
 
     @property
     def record(self) -> EngineRecord:
-        return EngineRecord(pid=self.pid, started_ticks=1, boot_id="boot", run_dir="/nowhere")
+        return EngineRecord(pid=self.pid, started_ticks=1, boot_id="boot", run_dir="/nowhere",
+                            shared_memory=self.shared)
 
     def running(self) -> bool:
         return self.alive
@@ -129,6 +131,7 @@ class FakeEngine:
 
     def watch_core(self) -> None:
         self.world.note(self, "watched")
+        self.shared = (f"/dev/shm/psm_{self.pid}",)
 
     def dead_core(self) -> int | None:
         return self.dead

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from errors import ManagerError
+from instance_manager import InstanceManager
 from instances import downloads
 from instances.instance import State
 from instances.launcher import LaunchError, LaunchRefused
@@ -75,6 +77,25 @@ def test_ready_is_the_first_200_of_health(world: World) -> None:
     record = world.record(view)
     assert record is not None and record["state"] == "ready"
     assert world.events_of(view) == ["launched", "watched"]
+
+
+def test_its_shared_memory_is_on_record_before_it_is_known_as_ready(
+        world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would stay, were everything killed right then."""
+    view, engine = world.loading()
+    on_record = []
+
+    def became_ready(*arguments: Any) -> bool:
+        record = world.record(view)
+        assert record is not None
+        on_record.append(record["engine"]["shared_memory"])
+        return InstanceManager.became_ready(world.manager, *arguments)
+
+    monkeypatch.setattr(world.manager, "became_ready", became_ready)
+    engine.health = 200
+    world.step(0.1)
+    assert world.view(view).state is State.READY
+    assert on_record == [[f"/dev/shm/psm_{engine.pid}"]]
 
 
 def test_what_the_log_told_stands_with_the_instance(world: World) -> None:

@@ -78,8 +78,7 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tree]:
     tree = Tree(tmp_path, temporary)
     yield tree
     for engine in tree.engines:
-        for member in processes.session_members(engine.pid):
-            processes.send_signal(member, signal.SIGKILL)
+        processes.kill_session(engine.pid, wait=launcher_module.wait_until)
         wait_until(lambda engine=engine: engine.exit_code() is not None)  # type: ignore[misc]
 
 
@@ -98,9 +97,9 @@ class Tree:
         return LaunchSpec(ID, [sys.executable, "-E", str(self.script), mode, *arguments],
                           {"PATH": os.environ["PATH"], **(env or {})}, self.log_path)
 
-    def launch(self, mode: str, *arguments: str, ready: int = 1) -> Engine:
+    def launch(self, mode: str, *arguments: str, ready: int = 1, env: dict[str, str] | None = None) -> Engine:
         """`ready`: how many processes have to report."""
-        engine = self.launcher.launch(self.spec(mode, *arguments))
+        engine = self.launcher.launch(self.spec(mode, *arguments, env=env))
         self.engines.append(engine)
         wait_until(lambda: self.log_path.read_text().count("ready\n") >= ready)
         return engine
@@ -173,8 +172,7 @@ def test_what_torch_compiled_outlives_the_run(tree: Tree) -> None:
 
 
 def test_the_users_own_compile_cache_is_his(tree: Tree) -> None:
-    engine = tree.launcher.launch(tree.spec("plain", env={"TORCHINDUCTOR_CACHE_DIR": "/mine"}))
-    tree.engines.append(engine)
+    engine = tree.launch("plain", env={"TORCHINDUCTOR_CACHE_DIR": "/mine"})
     assert processes.environment(engine.pid)["TORCHINDUCTOR_CACHE_DIR"] == "/mine"
 
 
