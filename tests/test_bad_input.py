@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.daemon import JSON, Answer, Daemon
@@ -250,21 +249,20 @@ def test_a_client_that_sends_half_and_waits_holds_nobody_up(daemon: Daemon) -> N
 
 
 def test_a_client_that_leaves_in_the_middle_makes_no_noise(daemon: Daemon) -> None:
-    before, log = open_sockets(daemon), daemon.log
+    log = daemon.log
     for data in (post(LENGTH, body=BODY[:10]), post(LENGTH)[:60], b"", post(CHUNKED, body=b"28\r\n{")):
         with daemon.socket() as client:
-            wait_until(lambda: open_sockets(daemon) > before)
+            port = client.getsockname()[1]
+            wait_until(lambda port=port: port in client_ports(daemon))
             client.sendall(data)
-        wait_until(lambda: open_sockets(daemon) <= before)
+        wait_until(lambda port=port: port not in client_ports(daemon))
     assert daemon.log == log
 
 
-def open_sockets(daemon: Daemon) -> int:
-    found = 0
-    for fd in Path(f"/proc/{daemon.worker_pid}/fd").iterdir():
-        with contextlib.suppress(OSError):      # closed meanwhile
-            found += str(fd.readlink()).startswith("socket:")
-    return found
+def client_ports(daemon: Daemon) -> set[int]:
+    """The other ends of the connections that it holds."""
+    return {connection.raddr.port for connection in psutil.Process(daemon.worker_pid).net_connections("tcp")
+            if connection.raddr}
 
 
 @pytest.mark.parametrize("target", ["/instances/%00", "/instances/%ff", "/instances/..%2f..%2fetc", "/proxy/x/%00",
