@@ -19,7 +19,7 @@ demo: .venv/run.stamp           ## the same with a simulated engine: up in secon
 	@$(PY) -m scripts.run --demo
 
 test: check                     ## lint, types and the tests that need no engine (under two minutes)
-	$(PYTEST)
+	$(PYTEST) -n logical --maxprocesses 8 --dist worksteal
 
 check: .venv/dev.stamp          ## ruff, mypy, and who may import whom
 	$(PY) -m ruff check .

@@ -27,10 +27,8 @@ def follow(path: Path, count: int, ended: Callable[[], bool]) -> Iterator[bytes]
         yield b"".join(lines)
     while True:
         last_round = ended()
-        if (found := _identity(path)) != identity or _size(path) < position:
-            identity, position = found, 0
-        if added := _read_from(path, position):
-            position += len(added)
+        added, position, identity = _read_on(path, position, identity)
+        if added:
             yield added
         elif last_round:
             return
@@ -63,24 +61,18 @@ def _tail(path: Path, count: int) -> _Tail:
     return _Tail(whole[-count:] if count else [], end, identity)
 
 
-def _read_from(path: Path, position: int) -> bytes:
+def _read_on(path: Path, position: int, identity: int | None) -> tuple[bytes, int, int | None]:
+    """What stands there now, up to a block, and how to go on.
+
+    What the file is and what stands in it are asked of one descriptor: the path may name another file in between.
+    """
     try:
         with open(path, "rb") as file:
+            status = os.fstat(file.fileno())
+            if status.st_ino != identity or status.st_size < position:
+                position = 0
             file.seek(position)
-            return file.read(BLOCK)
+            added = file.read(BLOCK)
+            return added, position + len(added), status.st_ino
     except OSError:
-        return b""
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
-
-
-def _identity(path: Path) -> int | None:
-    try:
-        return path.stat().st_ino
-    except OSError:
-        return None
+        return b"", 0, None

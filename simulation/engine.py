@@ -113,6 +113,7 @@ class Engine:
                 if reason is None:
                     due += 1 / self.knobs.tokens_per_s if self.knobs.tokens_per_s > 0 else 0
                     await self._wait(job, due - asyncio.get_running_loop().time())
+                    due = min(due, asyncio.get_running_loop().time())   # a knob that was turned counts from now on
         except EngineDead:
             reason = "error"
             raise

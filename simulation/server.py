@@ -39,7 +39,7 @@ async def _run(options: Options, knobs: Knobs, ledger: Ledger, processes: list[E
     metrics = Metrics(options.served_model_names[0])
     engine = Engine(knobs, metrics, max_num_seqs=options.max_num_seqs,
                     max_num_queued_reqs=options.max_num_queued_reqs,
-                    on_chunk=lambda count: _die_on_chunk(engine.knobs, processes, count))
+                    on_chunk=lambda count: _die_on_chunk(engine, processes, count))
     service = Service(options, runner_of(options), engine, metrics, ledger, processes,
                       dev_mode=os.environ.get("VLLM_SERVER_DEV_MODE") == "1", loras=dict(options.lora_modules))
     router = Router(service)
@@ -75,10 +75,12 @@ def _ssl_context(options: Options) -> SSLContext | None:
     return context
 
 
-def _die_on_chunk(knobs: Knobs, processes: list[EngineProcess], count: int) -> None:
+def _die_on_chunk(engine: Engine, processes: list[EngineProcess], count: int) -> None:
     """The knobs that kill a process in the middle of an answer: it gets no chance to say anything."""
+    knobs = engine.knobs
     if knobs.die_engine_after_chunks is not None and count >= knobs.die_engine_after_chunks:
         processes[0].signal(signal.SIGKILL)
+        engine.vanish()                 # no token comes from the dead, however late its death is noticed
     if knobs.die_after_chunks is not None and count >= knobs.die_after_chunks:
         os.kill(os.getpid(), signal.SIGKILL)
 

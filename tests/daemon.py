@@ -310,6 +310,10 @@ class Daemon:
         answer = self.get(f"/instances/{instance_id}")
         return "gone" if answer.status == 404 else str(answer.json["status"])
 
+    def turn_knobs(self, instance: Mapping[str, Any], **knobs: object) -> None:
+        """Change how a simulated engine behaves, past the daemon; it has to run with VLLM_SERVER_DEV_MODE."""
+        assert self.call("POST", "/sim", knobs, port=instance["port"]).status == 200
+
     def remove(self, *instance_ids: str) -> None:
         """Kill these, or all, and wait until they are gone."""
         doomed = instance_ids or [one["id"] for one in self.instances()]

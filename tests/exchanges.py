@@ -204,16 +204,16 @@ class Held:
 
 
 def held(daemon: Daemon) -> Held:
-    session = [one for one in processes.all_processes() if not one.zombie and _is_ours(one, daemon)]
+    worker = daemon.worker_pid
+    session = [one for one in processes.all_processes() if not one.zombie and _is_ours(one, worker)]
     folders = [Path(f"/proc/{one.pid}") for one in session]
     return Held(sum(len(list((folder / "task").iterdir())) for folder in folders),
                 sum(len(list((folder / "fd").iterdir())) for folder in folders),
                 sum(int((folder / "statm").read_text().split()[1]) * 4096 for folder in folders))
 
 
-def _is_ours(process: Any, daemon: Daemon) -> bool:
+def _is_ours(process: processes.Process, worker: int) -> bool:
     """The worker, or a relay: a child of the worker in its session."""
-    worker = daemon.worker_pid
     return process.pid == worker or (process.parent == worker and b"relay" in _command_line(process.pid))
 
 
@@ -225,4 +225,4 @@ def _command_line(pid: int) -> bytes:
 
 def assert_no_lease(daemon: Daemon) -> None:
     """All instances are ready and nothing is in flight, at once or soon."""
-    wait_until(lambda: all(one["in_flight"] == 0 and one["status"] == "ready" for one in daemon.instances()), 30)
+    wait_until(lambda: all(one["in_flight"] == 0 and one["status"] == "ready" for one in daemon.instances()))

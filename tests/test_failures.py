@@ -119,6 +119,7 @@ def test_what_heals_is_served_after_all(daemon: Daemon, tmp_path: Path) -> None:
     made = daemon.create("healing", sim=sim)
     assert made["restarts"] == 2 and made["last_error"]["code"] == "out_of_memory"
     assert daemon.post("/v1/completions", {"model": "healing", "prompt": "x"}).status == 200
+    daemon.remove(made["id"])
 
 
 def test_requests_that_wait_for_a_start_hear_why_it_failed(daemon: Daemon) -> None:

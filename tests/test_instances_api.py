@@ -15,8 +15,9 @@ from tests.support import wait_until
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    with Daemon(tmp_path_factory.mktemp("daemon"), {"VLLM_MAX_INSTANCES": "4", "DRAIN_TIMEOUT": "60",
-                                                    "STOP_TIMEOUT": "5"}) as daemon:
+    with Daemon(tmp_path_factory.mktemp("daemon"), {
+            "VLLM_MAX_INSTANCES": "4", "DRAIN_TIMEOUT": "60", "STOP_TIMEOUT": "5",
+            "VLLM_SERVER_DEV_MODE": "1"}) as daemon:
         yield daemon
 
 
@@ -28,7 +29,7 @@ def daemon(shared: Daemon) -> Iterator[Daemon]:
     shared.remove()
 
 
-SLOW = with_knobs(None, {"start_s": 30})
+SLOW = with_knobs(None, {"start_s": 600})
 
 
 # --- creating -----------------------------------------------------------------------------------------------------
@@ -191,7 +192,7 @@ def test_a_start_past_its_deadline_has_failed(daemon: Daemon) -> None:
 # --- deleting -----------------------------------------------------------------------------------------------------
 
 def test_delete_drains_then_frees_everything(daemon: Daemon) -> None:
-    made = daemon.create("m", sim={"tokens_per_s": 50, "tokens": 10})
+    made = daemon.create("m", sim={"tokens_per_s": 0.001, "tokens": 10})
     with daemon.open("POST", "/v1/completions", {"model": "m", "prompt": "x", "stream": True}) as stream:
         read = events(stream)
         next(read)
@@ -199,6 +200,7 @@ def test_delete_drains_then_frees_everything(daemon: Daemon) -> None:
         assert (answer.status, answer.json["status"]) == (202, "stopping")
         late = daemon.post("/v1/completions", {"model": "m", "prompt": "x"})
         assert late.status == 503 and late.error["code"] == "stopping"
+        daemon.turn_knobs(made, tokens_per_s=0)
         assert list(read)[-1] == b"data: [DONE]\n\n"           # the one in flight was finished
     wait_until(lambda: daemon.status_of(made["id"]) == "gone")
     assert daemon.engine_processes() == [] and daemon.records() == []

@@ -28,31 +28,31 @@ def ask(daemon: Daemon, model: str, **fields: object) -> Answer:
 
 @contextlib.contextmanager
 def endless_stream(daemon: Daemon, model: str) -> Iterator[http.client.HTTPResponse]:
-    """One whose first token is here, and whose second comes after an hour."""
+    """One whose first token is here, and whose second comes after an hour from a SLOWEST engine."""
     with daemon.open("POST", "/v1/completions", {"model": model, **STREAM}) as stream:
         assert b"simulated" in next(events(stream))
         yield stream
 
 
 SLOWEST = {"tokens_per_s": 1 / 3600}
+DEV_MODE = {"VLLM_SERVER_DEV_MODE": "1"}        # an engine's knobs can be turned
 
 
 # --- idling -------------------------------------------------------------------------------------------------------
 
 def test_the_idle_clock_runs_from_the_end_of_the_last_request(tmp_path: Path) -> None:
-    with Daemon(tmp_path / "daemon", patch={"instance_manager.REAPER_STEP_S": 0.05}) as daemon:
-        idle_s, tokens = 0.5, 10
+    with Daemon(tmp_path / "daemon", DEV_MODE, patch={"instance_manager.REAPER_STEP_S": 0.05}) as daemon:
+        idle_s = 0.5
         # Nor does one idle away that a request waits for, though it starts for longer than its timeout.
-        sim = {"start_s": 0.7, "tokens_per_s": 15, "tokens": tokens}
-        made = daemon.create("m", timeout=idle_s, sim=sim, wait=False)
-        with daemon.open("POST", "/v1/completions", {"model": "m", **STREAM}) as stream:
-            read = events(stream)
+        made = daemon.create("m", timeout=idle_s, sim=SLOWEST | {"start_s": 0.7}, wait=False)
+        with endless_stream(daemon, "m") as stream:
             begun = time.monotonic()
-            for _ in range(tokens - 1):
-                next(read)
+            wait_until(lambda: time.monotonic() > begun + 2 * idle_s)
+            during = daemon.instance(made["id"])
+            assert (during["status"], during["in_flight"]) == ("ready", 1)
             before_the_end = time.monotonic()
-            assert before_the_end - begun > idle_s, "the stream is to be longer than the timeout"
-            assert list(read)[-1] == b"data: [DONE]\n\n"        # it was not reaped meanwhile
+            daemon.turn_knobs(during, tokens_per_s=0)
+            assert list(events(stream))[-1] == b"data: [DONE]\n\n"        # it was not reaped meanwhile
         wait_until(lambda: daemon.status_of(made["id"]) != "ready")
         assert time.monotonic() - before_the_end >= idle_s, "it went before its time"
         wait_until(lambda: daemon.status_of(made["id"]) == "gone")
@@ -66,16 +66,15 @@ def test_the_idle_clock_runs_from_the_end_of_the_last_request(tmp_path: Path) ->
 # --- signals ------------------------------------------------------------------------------------------------------
 
 def test_sigterm_lets_requests_in_flight_finish(tmp_path: Path) -> None:
-    with Daemon(tmp_path / "daemon") as daemon:
-        daemon.create("m", sim={"tokens_per_s": 40, "tokens": 20})
-        with ThreadPoolExecutor(1) as pool, daemon.open("POST", "/v1/completions", {"model": "m", **STREAM}) as stream:
-            read = events(stream)
-            next(read)
+    with Daemon(tmp_path / "daemon", DEV_MODE) as daemon:
+        made = daemon.create("m", sim=SLOWEST)
+        with ThreadPoolExecutor(1) as pool, endless_stream(daemon, "m") as stream:
             plain: Future[Answer] = pool.submit(ask, daemon, "m")
             wait_until(lambda: daemon.instances()[0]["in_flight"] == 2)
             daemon.signal(signal.SIGTERM)
             wait_until(lambda: refuses(daemon))
-            assert list(read)[-1] == b"data: [DONE]\n\n"
+            daemon.turn_knobs(made, tokens_per_s=0)
+            assert list(events(stream))[-1] == b"data: [DONE]\n\n"
             assert plain.result().status == 200
         assert daemon.wait_for_exit() == 0
         assert daemon.engine_processes() == []
@@ -93,7 +92,7 @@ def refuses(daemon: Daemon) -> bool:
 
 def test_sigterm_ends_what_does_not_finish(tmp_path: Path) -> None:
     """An engine that would hang for ever on its SIGTERM with that stream open ends too."""
-    with Daemon(tmp_path / "daemon", {"SHUTDOWN_GRACE": "0.3", "DRAIN_TIMEOUT": "0.2", "STOP_TIMEOUT": "5"}) as daemon:
+    with Daemon(tmp_path / "daemon", {"SHUTDOWN_GRACE": "0.3", "DRAIN_TIMEOUT": "0.2", "STOP_TIMEOUT": "90"}) as daemon:
         daemon.create("m", sim=SLOWEST)
         daemon.create("loading", sim={"start_s": 3600}, wait=False)
         with endless_stream(daemon, "m") as stream:
@@ -265,13 +264,19 @@ def test_bad_settings_stop_the_start(tmp_path: Path, name: str, text: str, said:
 
 def test_a_hung_engine_is_found_and_restarted(tmp_path: Path) -> None:
     """Its health is good all the time; a request that waits for it hears what happened."""
-    with Daemon(tmp_path / "daemon", {"PROBE_INTERVAL": "0.2", "PROBE_TIMEOUT": "0.5", "VLLM_SERVER_DEV_MODE": "1"},
-                patch={"instances.instance.BACKOFF_LIMIT_S": 0.05}) as daemon:
+    folder = tmp_path / "daemon"
+    folder.mkdir()
+    with Daemon(folder, DEV_MODE, patch={"instances.instance.BACKOFF_LIMIT_S": 0.05}) as daemon:
         made = daemon.create("m")
-        assert daemon.call("POST", "/sim", {"hang": True}, port=made["port"]).status == 200
+        daemon.turn_knobs(made, hang=True)
+        # No sooner, and no longer than it is needed: on a busy machine one that is well would be found hung too.
+        (folder / ".env").write_text("PROBE_INTERVAL=0.2\nPROBE_TIMEOUT=0.5\n")
+        assert daemon.post("/admin/reload").status == 200
         told = ask(daemon, "m")
         assert (told.status, told.error["code"]) == (502, "engine_hung")
         assert "the engine of m hangs" in told.error["message"]
+        (folder / ".env").unlink()
+        assert daemon.post("/admin/reload").status == 200
         wait_until(lambda: daemon.instance(made["id"])["restarts"] == 1)
         wait_until(lambda: daemon.status_of(made["id"]) == "ready")
         after = daemon.instance(made["id"])

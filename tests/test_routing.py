@@ -22,7 +22,7 @@ CHAT = [{"role": "user", "content": "hello there"}]
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    """With dev mode on, so that what must not be reachable is there, and `sim()` can change an engine's behaviour."""
+    """With dev mode on, so that what must not be reachable is there, and an engine's knobs can be turned."""
     with Daemon(tmp_path_factory.mktemp("daemon"), {
             "VLLM_SERVER_DEV_MODE": "1", "DRAIN_TIMEOUT": "0.2", "STOP_TIMEOUT": "5"},
             patch={"instances.instance.BACKOFF_LIMIT_S": 0.05}) as daemon:
@@ -42,12 +42,7 @@ def engines(daemon: Daemon) -> dict[str, dict[str, Any]]:
 def generate(daemon: Daemon, engines: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """The generating one, as it was made."""
     yield engines["generate"]
-    sim(daemon, engines["generate"], tokens_per_s=200, first_token_s=0, tokens=16, hang=False)
-
-
-def sim(daemon: Daemon, engine: dict[str, Any], **knobs: object) -> None:
-    """Change the simulator's knobs, past the daemon."""
-    assert daemon.call("POST", "/sim", knobs, port=engine["port"]).status == 200
+    daemon.turn_knobs(engines["generate"], tokens_per_s=200, first_token_s=0, tokens=16, hang=False)
 
 
 def steady(body: bytes) -> bytes:
@@ -171,7 +166,7 @@ def test_a_stream_is_what_the_engine_sent(daemon: Daemon, generate: dict[str, An
 
 def test_an_event_is_not_held_back_for_the_next(daemon: Daemon, generate: dict[str, Any]) -> None:
     """The second token comes after an hour."""
-    sim(daemon, generate, tokens_per_s=1 / 3600)
+    daemon.turn_knobs(generate, tokens_per_s=1 / 3600)
     with daemon.open("POST", "/v1/completions", {"model": "generate", "prompt": "x", "stream": True}) as stream:
         assert b"simulated" in next(events(stream))
         assert daemon.instance(generate["id"])["in_flight"] == 1
@@ -182,7 +177,7 @@ def test_an_event_is_not_held_back_for_the_next(daemon: Daemon, generate: dict[s
 @pytest.mark.parametrize("begun", [True, False])
 def test_a_client_that_leaves_ends_the_work(daemon: Daemon, generate: dict[str, Any], stream: bool,
                                             begun: bool) -> None:
-    sim(daemon, generate, tokens_per_s=1 / 3600, first_token_s=0 if begun else 3600)
+    daemon.turn_knobs(generate, tokens_per_s=1 / 3600, first_token_s=0 if begun else 3600)
     body = json.dumps({"model": "generate", "prompt": "x", "stream": stream}).encode()
     client = daemon.socket()
     client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -219,7 +214,7 @@ def test_a_hundred_requests_for_a_loading_model(daemon: Daemon, engines: dict[st
 
 def test_a_request_waits_no_longer_than_it_may(tmp_path: Path) -> None:
     with Daemon(tmp_path / "daemon", {"REQUEST_QUEUE_TIMEOUT": "0.2"}) as daemon:
-        made = daemon.create("slow", sim={"start_s": 60}, wait=False)
+        made = daemon.create("slow", sim={"start_s": 600}, wait=False)
         answer = daemon.post("/v1/completions", {"model": "slow", "prompt": "x"})
         assert (answer.status, answer.error["code"], answer.headers["retry-after"]) == (504, "queue_timeout", "10")
         assert "still loading" in answer.error["message"]
@@ -240,7 +235,7 @@ def test_a_response_is_found_where_it_was_made(daemon: Daemon, engines: dict[str
     for response in made:
         found = daemon.get(f"/v1/responses/{response['id']}")
         assert (found.status, found.json["id"]) == (200, response["id"])
-    background = daemon.post("/v1/responses", asked | {"background": True, "max_output_tokens": 2000}).json
+    background = daemon.post("/v1/responses", asked | {"background": True, "max_output_tokens": 30_000}).json
     cancelled = daemon.post(f"/v1/responses/{background['id']}/cancel")
     assert (cancelled.status, cancelled.json["status"]) == (200, "cancelled")
     unknown = daemon.get("/v1/responses/resp_unknown")

@@ -11,6 +11,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from simulation.flags import parse
@@ -176,18 +177,29 @@ def test_the_log_has_vllms_phases_in_order(server: Simulator) -> None:
 
 
 def test_while_it_loads_the_port_refuses_and_signals_are_swallowed(launch: Launch) -> None:
-    simulator = launch(sim={"start_s": 0.6})
-    wait_until(lambda: "Starting to load model" in simulator.log)
-    port = int(re.findall(r"'port': (\d+)", simulator.log)[0])
-    assert port == 0 and simulator.port == 0        # not listening yet, so not announced either
-    os.killpg(simulator.pid, signal.SIGTERM)
-    os.killpg(simulator.pid, signal.SIGINT)
+    for start_s in (0.6, 5, 60):        # if the machine is too busy for signals to come while it loads, once more
+        simulator = launch(sim={"start_s": start_s})
+        wait_until(lambda simulator=simulator: "Starting to load model" in simulator.log)
+        port = int(re.findall(r"'port': (\d+)", simulator.log)[0])
+        announced = simulator.port
+        os.killpg(simulator.pid, signal.SIGTERM)
+        os.killpg(simulator.pid, signal.SIGINT)
+        wait_until(lambda simulator=simulator: took_its_signals(simulator.family()["VLLM::EngineCore"]))
+        if "init engine" not in simulator.log:
+            break
+    assert port == 0 and announced == 0     # not listening yet, so not announced either
     assert simulator.ready().get("/health").status_code == 200
     assert "VLLM::EngineCore" in simulator.family()
 
 
+def took_its_signals(process: psutil.Process) -> bool:
+    """None is pending, and it waits for something else again."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return not re.search(r"^(Sig|Shd)Pnd:\s*0*[1-9a-f]", status, re.MULTILINE) and "State:\tS" in status
+
+
 def test_an_engine_that_is_killed_while_it_loads_fails_the_start(launch: Launch) -> None:
-    simulator = launch(sim={"start_s": 4})
+    simulator = launch(sim={"start_s": 20})
     wait_until(lambda: "VLLM::EngineCore" in simulator.family())
     simulator.family()["VLLM::EngineCore"].kill()
     assert simulator.process.wait(120) == 1
@@ -321,7 +333,7 @@ def test_a_process_can_be_made_to_die_in_the_middle_of_a_stream(launch: Launch) 
 
 
 def test_an_engine_can_be_made_to_die_in_the_middle_of_a_stream(launch: Launch) -> None:
-    simulator = launch(sim={"die_engine_after_chunks": 3, "tokens_per_s": 5}).ready()
+    simulator = launch(sim={"die_engine_after_chunks": 3}).ready()
     data = read_until(simulator.send("/v1/chat/completions", FOR_EVER), b"[DONE]")
     assert b" token 3" in data and b" token 4" not in data and b'"code": 500' in data
     assert simulator.process.wait(120) == 0

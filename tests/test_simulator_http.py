@@ -46,11 +46,10 @@ def test_a_client_that_goes_ends_its_request(server: Simulator, stream: bool) ->
 
 
 def test_500_streams_at_once_complete(launch: Launch) -> None:
-    simulator = launch(sim={"tokens_per_s": 20, "tokens": 8}).ready()
+    simulator = launch(sim={"tokens_per_s": 1 / 3600, "tokens": 8}, VLLM_SERVER_DEV_MODE="1").ready()
     body = json.dumps({**CHAT, "stream": True}).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\ncontent-type: application/json\r\nconnection: close\r\n" \
            f"content-length: {len(body)}\r\n\r\n".encode()
-    most = 0
 
     async def one() -> bytes:
         reader, writer = await asyncio.open_connection("127.0.0.1", simulator.port)
@@ -61,15 +60,13 @@ def test_500_streams_at_once_complete(launch: Launch) -> None:
         return data
 
     async def everything() -> list[bytes]:
-        nonlocal most
         tasks = [asyncio.create_task(one()) for _ in range(500)]
-        while not all(task.done() for task in tasks):
-            most = max(most, int(await asyncio.to_thread(simulator.gauge, "num_requests_running")))
+        await asyncio.to_thread(wait_until, lambda: simulator.gauge("num_requests_running") == 500)
+        simulator.post("/sim", {"tokens_per_s": 20})
         return await asyncio.gather(*tasks)
 
     answers = asyncio.run(everything())
     assert all(answer.count(b"token") >= 8 and b"data: [DONE]\n\n\r\n0\r\n\r\n" in answer for answer in answers)
-    assert most > 300                               # they did run together
     assert simulator.gauge("generation_tokens_total") == 4000
 
 
@@ -107,10 +104,9 @@ def test_each_event_is_one_chunk(server: Simulator) -> None:
 
 def test_connections_are_kept_and_idle_ones_closed(launch: Launch) -> None:
     simulator = launch(VLLM_HTTP_TIMEOUT_KEEP_ALIVE="0.2").ready()
-    client = simulator.send("/v1/chat/completions", CHAT)
-    read_until(client, b'"metrics":null}')
-    client.sendall(b"GET /version HTTP/1.1\r\n\r\nGET /version HTTP/1.1\r\n\r\n")
-    assert read_all(client).count(b'{"version":"0.32.0"}') == 2     # and then the server closed it
+    with socket.create_connection(("127.0.0.1", simulator.port), timeout=120) as client:
+        client.sendall(b"GET /version HTTP/1.1\r\n\r\n" * 3)
+        assert read_all(client).count(b'{"version":"0.32.0"}') == 3     # and then the server closed it
 
 
 def test_connection_close_and_http_1_0_are_honoured(server: Simulator) -> None:
