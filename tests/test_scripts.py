@@ -142,12 +142,13 @@ def test_make_alone_lists_every_target() -> None:
 
 def test_the_environment_is_made_once_and_again_when_requirements_change(tmp_path: Path) -> None:
     shutil.copy(CHECKOUT / "Makefile", tmp_path)
-    (tmp_path / "scripts").mkdir()
+    for folder in ("scripts", "client"):
+        (tmp_path / folder).mkdir()
     script = tmp_path / "scripts" / "make_venv.sh"
     script.write_text("#!/bin/sh\nmkdir -p .venv\necho $1 >>calls\n")
     script.chmod(0o755)
     old = 1_000_000_000
-    for name in ("requirements.txt", "requirements-dev.txt", "scripts/make_venv.sh"):
+    for name in ("requirements.txt", "requirements-dev.txt", "client/requirements.txt", "scripts/make_venv.sh"):
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (old, old))
 
