@@ -20,7 +20,7 @@ from instances.instance import Lease
 from routing import request_id
 from routing.answer import BODYLESS, Answer
 from routing.client_watch import Watched
-from routing.framing import CHUNKED, EOF
+from routing.framing import CHUNKED, EOF, follow
 from routing.relay_process import Relays, RelayUnavailable
 from routing.relay_wire import RELAY_DIED, TIMEOUT, UPSTREAM_CUT, Ended
 from routing.upstream import Exchange, response_headers, upstream_errors
@@ -138,6 +138,9 @@ def take_over(relays: Relays, client: socket.socket, answer: Answer, exchange: E
         on_first(answer.incoming.peek())
     read = answer.incoming.peek()
     head = response_head(answer)
+    framing = CHUNKED if answer.head.chunked else EOF
+    # What only its end tells from a cut must not begin before somebody is there to reset it.
+    at_once = len(head) + follow(framing).feed(read, len(read)) if answer.head.chunked else 0
 
     asked = request_id.current()
 
@@ -151,12 +154,19 @@ def take_over(relays: Relays, client: socket.socket, answer: Answer, exchange: E
     lease.on_cut(None)
     watched.close()
     try:
-        taken = relays.hand_over(client, upstream, to_client=head + read, body_at=len(head), on_end=ended,
-                                 framing=CHUNKED if answer.head.chunked else EOF, sse=answer.is_event_stream,
-                                 cut_message=CUT_MESSAGE, idle_timeout_s=idle_timeout_s)
+        taken = relays.hand_over(client, upstream, to_client=head + read, body_at=len(head), at_once=at_once,
+                                 on_end=ended, framing=framing, sse=answer.is_event_stream, cut_message=CUT_MESSAGE,
+                                 idle_timeout_s=idle_timeout_s)
     except RelayUnavailable as error:
-        log.warning("a request thread carries a stream: %s", error)
-        return False
+        if not error.begun:
+            log.warning("a request thread carries a stream: %s", error)
+            return False
+        # Its client has a part of it, and sees by the missing end that this is all: nobody closes a chunked body now.
+        log.warning("a stream of %s was cut: %s", lease.instance_id, error)
+        exchange.detach()
+        answer.close(complete=False)
+        lease.release(ok=False)
+        return True
     exchange.detach()
     answer.close(complete=False)
     lease.on_cut(lambda: relays.cut(taken, orjson.dumps(lease.cut_error.envelope()) if lease.cut_error else b""))

@@ -82,7 +82,10 @@ class Stream(Exchange):
         self._cut_message = handover.cut_message if handover.sse else None
         body = handover.to_client[handover.body_at :]
         end = handover.body_at + self._body.feed(body, len(body))
-        self._pending = memoryview(handover.to_client)[:end]
+        self._pending = memoryview(handover.to_client)[handover.sent : end]
+        self.bytes_to_client = handover.sent
+        if handover.sent > handover.body_at:
+            self.first_byte_at = loop.now
         self._ends_by: str | None = None  # the upstream is over; what is pending is the last of it
         if not self._body.cut_shows:
             reset_on_close(client, True)

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from routing.framing import Framing
@@ -48,7 +48,14 @@ BLOCKED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 class RelayUnavailable(Exception):
-    """No relay process takes this exchange now.  Both sockets are still the caller's."""
+    """No relay process takes this exchange now.  Both sockets are still the caller's.
+
+    `begun`: the client has got a part of the answer, and nobody else can go on with it.
+    """
+
+    def __init__(self, why: str, *, begun: bool = False) -> None:
+        super().__init__(why)
+        self.begun = begun
 
 
 @dataclass(frozen=True)
@@ -86,13 +93,17 @@ class Relays:
                 log.error("a relay process does not come up; streams are carried by request threads meanwhile")
 
     def hand_over(self, client: socket.socket, upstream: socket.socket, *, to_client: bytes, framing: Framing,
-                  on_end: OnEnd, body_at: int = 0, to_upstream: bytes = b"", idle_timeout_s: float | None = None,
-                  sse: bool = False, cut_message: bytes = b"", started_at: float | None = None) -> int:
+                  on_end: OnEnd, body_at: int = 0, at_once: int = 0, to_upstream: bytes = b"",
+                  idle_timeout_s: float | None = None, sse: bool = False, cut_message: bytes = b"",
+                  started_at: float | None = None) -> int:
         """Gives both sockets away: this process's descriptors of them are closed here, whoever else holds the socket
         objects (a `makefile` among them).  The parameters are those of `Handover`; returns its id.
 
-        A process that just died is waited for, `wait_s` at most.  Raises RelayUnavailable; the sockets are untouched
-        then.  The caller has taken everything that its own buffers had read from either socket, and neither is TLS.
+        `at_once`: so many bytes of `to_client` are sent from here as soon as a relay is there to go on with the rest,
+        for each way through another process takes its time.
+
+        A process that just died is waited for, `wait_s` at most.  Raises RelayUnavailable.  The caller has taken
+        everything that its own buffers had read from either socket, and neither is TLS.
         """
         if started_at is None:
             started_at = time.monotonic()
@@ -101,16 +112,20 @@ class Relays:
         deadline: float | None = None
         while not self._closing:
             relay = min((relay for relay in self._relays if relay.is_up()), key=_Relay.open_count, default=None)
-            if relay is not None and relay.send(handover, client.fileno(), upstream.fileno(), on_end):
-                os.close(client.detach())
-                os.close(upstream.detach())
-                return handover.id
+            if relay is not None:
+                if handover.sent < at_once:
+                    sent = _send_at_once(client, to_client[handover.sent : at_once])
+                    handover = replace(handover, sent=handover.sent + sent)
+                if relay.send(handover, client.fileno(), upstream.fileno(), on_end):
+                    os.close(client.detach())
+                    os.close(upstream.detach())
+                    return handover.id
             if deadline is None:
                 deadline = time.monotonic() + self._wait_s
             with self._changed:
                 if not self._changed.wait_for(self._usable, deadline - time.monotonic()):
-                    raise RelayUnavailable("no relay process is up")
-        raise RelayUnavailable("the relays are closing")
+                    raise RelayUnavailable("no relay process is up", begun=handover.sent > 0)
+        raise RelayUnavailable("the relays are closing", begun=handover.sent > 0)
 
     def cut(self, exchange_id: int, reason: bytes = b"") -> None:
         """Ends one, visibly for its client; its `on_end` tells.  Nothing happens where it has ended already."""
@@ -177,7 +192,7 @@ class _Relay:
         Either way it does not have it.  Blocks for at most SEND_TIMEOUT_S a message."""
         messages = handover_messages(handover)
         if not self._lock.acquire(timeout=SEND_TIMEOUT_S):
-            raise RelayUnavailable(f"{self._name} (pid {self._pid}) takes nothing")
+            raise RelayUnavailable(f"{self._name} (pid {self._pid}) takes nothing", begun=handover.sent > 0)
         try:
             if not self._up or self._control is None:
                 return False
@@ -192,7 +207,8 @@ class _Relay:
                 return False
             except OSError as error:
                 del self._open[handover.id]
-                raise RelayUnavailable(f"{self._name} (pid {self._pid}) did not take it: {error}") from error
+                raise RelayUnavailable(f"{self._name} (pid {self._pid}) did not take it: {error}",
+                                       begun=handover.sent > 0) from error
             self._handed_over += 1
             return True
         finally:
@@ -311,6 +327,18 @@ class _Relay:
             on_end(end)
         except Exception:
             log.exception("the end of exchange %d could not be noted", end.id)
+
+
+def _send_at_once(client: socket.socket, data: bytes) -> int:
+    """How much of it the socket took; nothing of a client that has left, which the relay will notice."""
+    timeout_s = client.gettimeout()
+    client.setblocking(False)
+    try:
+        return client.send(data)
+    except OSError:
+        return 0
+    finally:
+        client.settimeout(timeout_s)
 
 
 def _shut(control: socket.socket) -> None:

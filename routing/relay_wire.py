@@ -35,6 +35,7 @@ class Handover:
     sse: bool = False  # a stream of server-sent events: a cut between two chunks is told as an event
     cut_message: bytes = b""  # the JSON of that event, on one line
     started_at: float | None = None  # time.monotonic() that the figures of `Ended` count from; None: its arrival
+    sent: int = 0  # bytes of `to_client` that the client has got already
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ ENDS_A_MESSAGE = 512
 
 _PIECE, _HANDOVER, _CUT = 1, 2, 3
 _HEAD = struct.Struct("<BQ")
-_FIELDS = struct.Struct("<BQddIIIB")
+_FIELDS = struct.Struct("<BQddIIIIB")
 _ENDED = struct.Struct("<QQQddBB")
 _KINDS = ("chunked", "length", "eof", "tunnel")
 _ENDERS = (UPSTREAM, UPSTREAM_CUT, CLIENT, CUT, TIMEOUT, RELAY_DIED)
@@ -71,7 +72,7 @@ def handover_messages(handover: Handover) -> list[bytes]:
         _KINDS.index(framing.kind), framing.length,
         _NONE if handover.idle_timeout_s is None else handover.idle_timeout_s,
         _NONE if handover.started_at is None else handover.started_at,
-        handover.body_at, len(handover.to_client), len(handover.to_upstream), handover.sse,
+        handover.body_at, handover.sent, len(handover.to_client), len(handover.to_upstream), handover.sse,
     )
     data = b"".join((fields, handover.to_client, handover.to_upstream, handover.cut_message))
     if len(data) <= PIECE_BYTES:
@@ -110,14 +111,14 @@ class Inbox:
 
 
 def _unpack_handover(exchange_id: int, data: bytes) -> Handover:
-    kind, length, idle_s, started_at, body_at, client_bytes, upstream_bytes, sse = _FIELDS.unpack_from(data)
+    kind, length, idle_s, started_at, body_at, sent, client_bytes, upstream_bytes, sse = _FIELDS.unpack_from(data)
     client_end = _FIELDS.size + client_bytes
     upstream_end = client_end + upstream_bytes
     return Handover(
         id=exchange_id, to_client=data[_FIELDS.size : client_end], framing=Framing(_KINDS[kind], length),
         body_at=body_at, to_upstream=data[client_end:upstream_end],
         idle_timeout_s=None if idle_s < 0 else idle_s, sse=bool(sse), cut_message=data[upstream_end:],
-        started_at=None if started_at < 0 else started_at,
+        started_at=None if started_at < 0 else started_at, sent=sent,
     )
 
 

@@ -124,6 +124,43 @@ def test_a_long_beginning_goes_over_in_pieces(running: Running) -> None:
     assert read_all(client) == (HEAD + body, False)
 
 
+@pytest.mark.parametrize("at_once", [0, 3, len(HEAD), len(HEAD) + 5, len(HEAD) + 500_000])
+def test_what_goes_at_once_goes_once(running: Running, at_once: int) -> None:
+    """The last is more than the client's socket takes."""
+    data = random.Random(2).randbytes(500_000)
+    begin = HEAD + b"%x\r\n%s" % (len(data), data)
+    client, client_side = running.sockets.pair(buffer_bytes=1 << 17)
+    upstream, upstream_side = running.sockets.pair()
+    client_side.settimeout(60)
+    exchange_id = running.relays.hand_over(client_side, upstream_side, to_client=begin, body_at=len(HEAD),
+                                           at_once=at_once, framing=CHUNKED, on_end=running.ends.append)
+    upstream.sendall(b"\r\n0\r\n\r\n")
+    assert read_all(client) == (begin + b"\r\n0\r\n\r\n", False)
+    end = running.end_of(exchange_id)
+    assert (end.complete, end.bytes_to_client) == (True, len(begin) + 7)
+    assert end.first_byte_s is not None
+
+
+def test_an_answer_that_had_begun_when_its_relay_died_is_not_given_back_as_new(
+        running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(relay: _Relay, *_: object) -> bool:
+        relay._up = False
+        return False
+
+    monkeypatch.setattr(_Relay, "send", die)
+    running.relays._wait_s = 0.1
+    client, client_side = running.sockets.pair()
+    _, upstream_side = running.sockets.pair()
+    for at_once in (0, len(HEAD)):
+        running.relays._relays[0]._up = True
+        with pytest.raises(RelayUnavailable) as raised:
+            running.relays.hand_over(client_side, upstream_side, to_client=HEAD, body_at=len(HEAD), at_once=at_once,
+                                     framing=CHUNKED, on_end=running.ends.append)
+        assert raised.value.begun is (at_once > 0)
+    assert client_side.gettimeout() is None
+    assert read_exactly(client, len(HEAD)) == HEAD
+
+
 def test_a_tunnel(running: Running) -> None:
     exchange_id, client, upstream = running.open(TUNNEL)
     client.sendall(b"question")
@@ -443,7 +480,7 @@ handovers = st.builds(
     framing=st.sampled_from([CHUNKED, EOF, TUNNEL]) | st.builds(content_length, st.integers(0, 2**64 - 1)),
     body_at=st.integers(0, 2**31), to_upstream=st.binary(max_size=50),
     idle_timeout_s=st.none() | st.floats(0, 1e6), sse=st.booleans(), cut_message=st.binary(max_size=50),
-    started_at=st.none() | st.floats(0, 1e9),
+    started_at=st.none() | st.floats(0, 1e9), sent=st.integers(0, 2**31),
 )
 
 
