@@ -1,9 +1,8 @@
 """Sends one request to one engine and reads the head of its answer.
 
-`requests` makes the connections: its HTTPAdapter knows addresses, TLS and certificates, and keeps a pool for each
-engine.  What goes over a connection is written and read here: a Session, urllib3 and http.client together take a
-request more time than everything else the daemon does with it.  The exchange knows the socket, so that another thread
-can end it at any time.
+`requests` makes the connections: its HTTPAdapter knows addresses, TLS and certificates.  What goes over a connection
+is written and read here: a Session, urllib3 and http.client together take a request more time than everything else
+the daemon does with it.  The exchange knows the socket, so that another thread can end it at any time.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import re
 import ssl
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from socket import SHUT_RDWR
 from socket import socket as Socket
@@ -20,8 +20,8 @@ from typing import Any
 
 import urllib3
 from requests.adapters import HTTPAdapter
-from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.connection import HTTPConnection
+from urllib3.connectionpool import HTTPConnectionPool
 from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
 
 from errors import BadRequest, DaemonError, UpstreamError, UpstreamTimeout
@@ -106,34 +106,64 @@ def _shut(sock: Socket) -> None:
         Socket.shutdown(sock, SHUT_RDWR)    # of a TLS socket too: its own takes the session from under its reader
 
 
-class _Connection(HTTPConnection):
-    idle_since = 0.0
+class _Backend:
+    """The connections to one address.  Those that idle wait here, and the last one used is taken first."""
 
+    def __init__(self, pool: HTTPConnectionPool, most: int) -> None:
+        self._pool = pool
+        self._most = most
+        self._idle: deque[tuple[HTTPConnection, float]] = deque()      # since when; any thread may take one
 
-class _TlsConnection(HTTPSConnection):
-    idle_since = 0.0
+    def take(self, exchange: Exchange, timeout_s: float) -> HTTPConnection:
+        """One that was not idle for too long, or a new one; the exchange knows its socket."""
+        while not exchange.fresh and (found := self._pop()) is not None:
+            connection, since = found
+            if time.monotonic() - since <= IDLE_LIMIT_S:
+                exchange.attach(connection.sock, reused=True)
+                return connection
+            connection.close()
+        connection = self._connect(timeout_s)
+        exchange.attach(connection.sock, reused=False)
+        return connection
 
+    def put(self, connection: HTTPConnection) -> None:
+        self._idle.append((connection, time.monotonic()))
+        if len(self._idle) > self._most:
+            self.close(self._most)
 
-class _Pool(HTTPConnectionPool):
-    ConnectionCls = _Connection
+    def close(self, but: int = 0) -> None:
+        """All that idle, or the oldest of them."""
+        with contextlib.suppress(IndexError):
+            while len(self._idle) > but:
+                self._idle.popleft()[0].close()
 
+    def _pop(self) -> tuple[HTTPConnection, float] | None:
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return None
 
-class _TlsPool(HTTPSConnectionPool):
-    ConnectionCls = _TlsConnection
-
-
-class _Adapter(HTTPAdapter):
-    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, **kwargs)
-        self.poolmanager.pool_classes_by_scheme = {"http": _Pool, "https": _TlsPool}
+    def _connect(self, timeout_s: float) -> HTTPConnection:
+        connection: Any = self._pool._new_conn()
+        connection.timeout = timeout_s
+        try:
+            connection.connect()
+        except NewConnectionError:
+            raise
+        except (TimeoutError, ConnectTimeoutError) as error:
+            raise ConnectionRefused("the engine does not take the connection") from error
+        except ssl.SSLCertVerificationError as error:
+            raise ConnectionRefused(f"its certificate is not trusted: {error.verify_message}") from error
+        return connection  # type: ignore[no-any-return]
 
 
 class Upstream:
     """Thread-safe; keeps idle connections to each engine for up to IDLE_LIMIT_S seconds."""
 
     def __init__(self, connections: int) -> None:
-        self._adapter = _Adapter(pool_connections=POOLS, pool_maxsize=connections)
-        self._pools: dict[tuple[str, ssl.SSLContext | None], Any] = {}
+        self._connections = connections
+        self._adapter = HTTPAdapter(pool_connections=POOLS)
+        self._backends: dict[tuple[str, ssl.SSLContext | None], _Backend] = {}
 
     def send(self, exchange: Exchange, method: str, url: str, headers: dict[str, str], body: bytes | bytearray | None,
              timeout_s: float, tls: ssl.SSLContext | None = None) -> Answer:
@@ -147,23 +177,23 @@ class Upstream:
         scheme, _, rest = url.partition("://")
         authority, _, path = rest.partition("/")
         head = request_head(method, f"/{path}", authority, headers)
-        pool = self._pool(f"{scheme}://{authority}", tls)
+        backend = self._backend(f"{scheme}://{authority}", tls)
         with upstream_errors():
             try:
-                return self._exchange(exchange, pool, method, head, body, timeout_s)
+                return self._exchange(exchange, backend, method, head, body, timeout_s)
             except ConnectionError:
                 if not exchange.stale or exchange.aborted:
                     raise
             exchange.fresh = True
             try:
-                return self._exchange(exchange, pool, method, head, body, timeout_s)
+                return self._exchange(exchange, backend, method, head, body, timeout_s)
             except NewConnectionError as error:
                 # It may have been this request that killed the engine: not to be tried on another one.
                 raise UpstreamError(NO_ANSWER) from error
 
-    def _exchange(self, exchange: Exchange, pool: Any, method: str, head: bytes, body: bytes | bytearray | None,
-                  timeout_s: float) -> Answer:
-        connection = _connect(exchange, pool, min(CONNECT_TIMEOUT_S, timeout_s))
+    def _exchange(self, exchange: Exchange, backend: _Backend, method: str, head: bytes,
+                  body: bytes | bytearray | None, timeout_s: float) -> Answer:
+        connection = backend.take(exchange, min(CONNECT_TIMEOUT_S, timeout_s))
         try:
             if connection.sock.gettimeout() != timeout_s:
                 connection.sock.settimeout(timeout_s)
@@ -178,45 +208,23 @@ class Upstream:
 
         def give_back(reusable: bool) -> None:
             if reusable and whole:
-                connection.idle_since = time.monotonic()
-                pool._put_conn(connection)
+                backend.put(connection)
             else:
                 connection.close()
 
         return Answer(read, incoming, method == "HEAD" or read.status in BODYLESS, give_back)
 
-    def _pool(self, base: str, tls: ssl.SSLContext | None) -> Any:
-        if (pool := self._pools.get((base, tls))) is None:
+    def _backend(self, base: str, tls: ssl.SSLContext | None) -> _Backend:
+        if (backend := self._backends.get((base, tls))) is None:
             # The context's own settings are all that counts: requests would load its authorities each time.
             pool = self._adapter.poolmanager.connection_from_url(base, {"ssl_context": tls} if tls is not None else {})
-            self._pools[base, tls] = pool
-        return pool
+            backend = self._backends.setdefault((base, tls), _Backend(pool, self._connections))
+        return backend
 
     def close(self) -> None:
         self._adapter.close()
-        for pool in self._pools.values():
-            pool.close()
-
-
-def _connect(exchange: Exchange, pool: Any, timeout_s: float) -> Any:
-    """A connection of the pool that was not idle for too long, or a new one; the exchange knows its socket."""
-    connection = pool._get_conn()
-    if connection.sock is not None:
-        if not exchange.fresh and time.monotonic() - connection.idle_since <= IDLE_LIMIT_S:
-            exchange.attach(connection.sock, reused=True)
-            return connection
-        connection.close()
-    connection.timeout = timeout_s
-    try:
-        connection.connect()
-    except NewConnectionError:
-        raise
-    except (TimeoutError, ConnectTimeoutError) as error:
-        raise ConnectionRefused("the engine does not take the connection") from error
-    except ssl.SSLCertVerificationError as error:
-        raise ConnectionRefused(f"its certificate is not trusted: {error.verify_message}") from error
-    exchange.attach(connection.sock, reused=False)
-    return connection
+        for backend in list(self._backends.values()):
+            backend.close()
 
 
 def _send(sock: Socket, head: bytes, body: bytes | bytearray | None) -> bool:
