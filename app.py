@@ -34,7 +34,8 @@ from routing.upstream import ClientLeft
 from web import admin, auth, models
 from web.audit import AuditLog
 from web.reloader import EVERY_S, Reloader
-from web.server import Server, Service
+from web.server import Server
+from web.worker import Service
 
 VERSION = "0.1.0"
 ADDRESS_WAIT_S = 2.0

@@ -1,93 +1,38 @@
-"""The production server: gunicorn, embedded, with one worker process that holds the registry.
+"""The production server: gunicorn, embedded, with one worker process that holds the registry (web/worker.py).
 
 The master only binds, forks and restarts the worker if that ever dies (it then adopts its engines as after any other
 crash).  What differs from stock gunicorn is here: Ctrl-C is graceful and a second one hurries, SIGHUP reloads in
-place instead of forking anew, an idle keep-alive connection does not hold up a shutdown, a worker never outlives its
-master, and even a request that cannot be parsed is answered in the OpenAI envelope.
+place instead of forking anew, and a worker never outlives its master.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import queue
-import selectors
 import signal
 import socket
-import struct
-import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-import orjson
 from gunicorn import glogging, sock
 from gunicorn.app.base import BaseApplication
 from gunicorn.arbiter import Arbiter
-from gunicorn.http import errors as http_errors
-from gunicorn.workers.gthread import TConn, ThreadWorker
 
 from config import Settings
-from errors import BadRequest, DaemonError
 from routing import request_id
-from web.intake import CONTINUE, Buffers, Collected, Intake, Taken
-from web.threads import LOOK_S, Threads
+from web.worker import Service, Worker, Wsgi
 
 log = logging.getLogger("vllm_server.http")
 
 HURRIED_S = 30.0    # what a hurried worker gets to kill its engines
 MARGIN_S = 30.0     # what a graceful one gets on top of the sum of its deadlines
 BOUND_S = 120     # a worker whose main loop stands still for so long is restarted
-
-Wsgi = Callable[..., Any]
-
-ACCEPTS_A_ROUND = 64
-READS_A_ROUND = 8           # of one connection, before the others have their turn
-RECEIVE_BYTES = 1 << 16
-REQUEST_IDLE_S = 60.0       # for a request's head, and between two pieces of its body
-SEND_TIMEOUT_S = 60.0       # a client that takes nothing for so long is gone
-LINGER_S = 2.0
-REFUSED_S = 1.0             # without a free descriptor, clients wait in the backlog for so long before the next look
-VANISHED_S = 60             # of silence before a client's host is asked whether it is still there
-LINGER_BYTES = 1 << 20
+VANISHED_S = 60     # of silence before a client's host is asked whether it is still there
 ACCESS_LINE = f'%(h)s %(l)s %(u)s %(t)s "%(r)s" %(s)s %(b)s "%(f)s" "%(a)s" %({{{request_id.HEADER.lower()}}}o)s'
-CLIENT_GONE = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.EBADF})
-OUT_OF_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
-STATUS_NAMES = {400: "Bad Request", 413: "Content Too Large", 417: "Expectation Failed",
-                431: "Request Header Fields Too Large", 500: "Internal Server Error", 501: "Not Implemented",
-                502: "Bad Gateway", 503: "Service Unavailable", 504: "Gateway Timeout"}
-
-
-@dataclass(eq=False)
-class Parked:
-    """A connection without a thread: what to do when it is readable, and until when to wait."""
-
-    connection: Connection
-    deadline: float                                     # monotonic
-    on_readable: Callable[[Connection, Parked], None]
-    has_begun: bool = False                             # a part of a request is here
-    discarded_bytes: int = 0
-
-
-@dataclass(frozen=True)
-class Service:
-    """What the worker process runs: made in it, after the fork.
-
-    `close_door` turns away who waits for a model, `stop` ends it all; it gets `hurry` and
-    `alive` callbacks.  `streams` counts connections that relays carry, `waiting` requests that wait for a model.
-    """
-
-    wsgi: Wsgi
-    start: Callable[[], None]
-    close_door: Callable[[], None]
-    stop: Callable[[Callable[[], bool], Callable[[], None]], None]
-    reload: Callable[[], None]
-    streams: Callable[[], int]
-    waiting: Callable[[], int]
 
 
 class Log(glogging.Logger):
@@ -133,297 +78,6 @@ class Master(Arbiter):
             self.reap_workers()
         self.kill_workers(signal.SIGKILL)
         self.reap_workers()
-
-
-class Connection(TConn):
-    """A client's connection, with the request it is sending."""
-
-    def __init__(self, cfg: Any, sock: socket.socket, client: Any, server: Any, intake: Intake) -> None:
-        super().__init__(cfg, sock, client, server)
-        self.intake = intake
-
-
-class Worker(ThreadWorker):
-    """One process: an event loop that accepts and parks connections, and threads that handle requests.
-
-    A connection is parked here, costing no thread, while its client is idle, sends its request (web/intake.py), or
-    has got its last answer and is given a moment to read it (gunicorn would wait for that on this very thread).
-    """
-
-    service: Service
-    settings: Settings
-    hurry = False
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._parked: dict[socket.socket, Parked] = {}
-        self._buffers = Buffers()
-        self._accept_after = 0.0    # monotonic
-        self._threads: Threads[Connection] = Threads(self.cfg.threads, self._serve)
-        self.max_keepalived = self.worker_connections
-
-    def get_thread_pool(self) -> None:
-        """None of gunicorn's: web/threads.py."""
-
-    def init_signals(self) -> None:
-        super().init_signals()
-        signal.signal(signal.SIGINT, signal.SIG_IGN)     # a terminal sends it to the whole group; the master decides
-        signal.signal(signal.SIGQUIT, self.handle_quit)
-        signal.signal(signal.SIGHUP, self.handle_reload)
-
-    def handle_quit(self, sig: int, frame: Any) -> None:
-        self.hurry, self.alive = True, False
-        self.method_queue.defer(lambda: None)
-
-    def handle_reload(self, sig: int, frame: Any) -> None:
-        threading.Thread(target=self.service.reload, name="reload", daemon=True).start()
-
-    def load_wsgi(self) -> None:
-        self.service = self.app.make_service()
-        self.wsgi = self.service.wsgi
-        self._threads.waiting = self.service.waiting
-
-    def run(self) -> None:
-        try:
-            self.service.start()
-        except Exception:
-            log.critical("the daemon cannot start", exc_info=True)
-            sys.exit(Arbiter.WORKER_BOOT_ERROR)     # the master ends too, instead of trying for ever
-        self.poller.register(self.method_queue.fileno(), selectors.EVENT_READ, self.method_queue.run_callbacks)
-        self.set_accept_enabled(True)
-        looked_at = 0.0
-        while self.alive:
-            can_accept = (self.nr_conns + self.service.streams() < self.worker_connections
-                          and time.monotonic() >= self._accept_after)
-            if can_accept != self._accepting:
-                self.set_accept_enabled(can_accept)
-            self._round(1.0)
-            if (now := time.monotonic()) - looked_at >= 1.0:
-                looked_at = now
-                self.notify()       # a system call: not for every event
-                self._close_expired(now)
-        self._drain()
-        self.service.stop(lambda: self.hurry, self.notify)
-        self._threads.shut_down()
-
-    def _round(self, timeout_s: float) -> None:
-        backlog = self._threads.backlog()
-        self.wait_for_and_dispatch_events(timeout=LOOK_S if backlog else timeout_s)
-        if backlog:
-            self._threads.grow(time.monotonic())
-
-    # --- connections, on the main thread --------------------------------------------------------------------------
-
-    def accept(self, listener: Any) -> None:
-        """Take every connection that waits: one a round would be too slow for a storm of them."""
-        for _ in range(ACCEPTS_A_ROUND):
-            try:
-                client, address = listener.accept()
-            except OSError as error:
-                if error.errno in OUT_OF_DESCRIPTORS:
-                    log.error("no descriptor is free for another client (ulimit -n)")
-                    self._accept_after = time.monotonic() + REFUSED_S
-                    self.set_accept_enabled(False)
-                elif error.errno not in (errno.EAGAIN, errno.ECONNABORTED):
-                    raise
-                return
-            connection = Connection(self.cfg, client, address, listener.getsockname(),
-                                    Intake(self.settings.max_request_bytes, self._buffers))
-            self.nr_conns += 1
-            self._receive(connection, parked=None)
-            if self.nr_conns >= self.worker_connections:
-                return
-
-    def _receive(self, connection: Connection, parked: Parked | None) -> None:
-        """Read what is there; hand the request to a thread once it is whole, else go on waiting for the client."""
-        intake = connection.intake
-        ready, ended = self._read(connection.sock, intake)
-        if ended:
-            if parked is not None:
-                self._unpark(connection)
-            if intake.in_body:
-                intake.end()
-                self.enqueue_req(connection)
-            else:
-                self._close(connection)
-        elif ready:
-            if parked is not None:
-                self._unpark(connection)
-            self.enqueue_req(connection)
-        else:
-            self._wait_for_client(connection, parked)
-
-    @staticmethod
-    def _read(sock: socket.socket, intake: Intake) -> tuple[bool, bool]:
-        """Read what is there, a bounded share: whether the request is complete, whether the client has ended."""
-        for _ in range(READS_A_ROUND):
-            try:
-                if (room := intake.room()) is not None:
-                    count = sock.recv_into(room)
-                    ready = intake.filled(count)
-                else:
-                    data = sock.recv(RECEIVE_BYTES)
-                    count, ready = len(data), bool(data) and intake.feed(data)
-            except BlockingIOError:
-                return False, False
-            except OSError:
-                return False, True
-            if ready or count == 0:
-                return ready, not ready
-            if intake.room() is None:
-                return False, False     # a small request that is not whole: more comes with the next event
-        return False, False
-
-    def _wait_for_client(self, connection: Connection, parked: Parked | None) -> None:
-        intake = connection.intake
-        if intake.wants_continue:
-            intake.wants_continue = False
-            with contextlib.suppress(OSError):
-                connection.sock.send(CONTINUE)
-        now = time.monotonic()
-        if parked is None:
-            idle_s = REQUEST_IDLE_S if intake.begun else self.cfg.keepalive
-            self._park(connection, Parked(connection, now + idle_s, self._receive))
-        elif intake.in_body or not parked.has_begun:
-            parked.deadline = now + REQUEST_IDLE_S     # a head has one deadline for all of it, a body one a piece
-        self._parked[connection.sock].has_begun = intake.begun
-
-    def _park(self, connection: Connection, parked: Parked) -> None:
-        connection.sock.setblocking(False)
-        self._parked[connection.sock] = parked
-        self.poller.register(connection.sock, selectors.EVENT_READ, self._wake_parked)
-
-    def _wake_parked(self, sock: socket.socket) -> None:
-        parked = self._parked[sock]
-        parked.on_readable(parked.connection, parked)
-
-    def _unpark(self, connection: Connection) -> None:
-        self.poller.unregister(connection.sock)
-        del self._parked[connection.sock]
-
-    def _close_expired(self, now: float) -> None:
-        for parked in [parked for parked in self._parked.values() if parked.deadline <= now]:
-            self._unpark(parked.connection)
-            self._close(parked.connection)
-
-    def _close(self, connection: Connection) -> None:
-        self.nr_conns -= 1
-        connection.close()
-
-    def _linger(self, connection: Connection) -> None:
-        """Half-close, and close when the client has: closing with unread input would reset away the answer's end."""
-        try:
-            connection.sock.setblocking(False)
-            connection.sock.shutdown(socket.SHUT_WR)
-        except OSError:
-            self._close(connection)
-            return
-        self._park(connection, Parked(connection, time.monotonic() + LINGER_S, self._discard))
-
-    def _discard(self, connection: Connection, parked: Parked) -> None:
-        try:
-            data = connection.sock.recv(RECEIVE_BYTES)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        parked.discarded_bytes += len(data)
-        if not data or parked.discarded_bytes > LINGER_BYTES:
-            self._unpark(connection)
-            self._close(connection)
-
-    def enqueue_req(self, conn: Connection) -> None:
-        self._threads.submit(conn)
-
-    def _finish(self, conn: Connection, keep: bool) -> None:
-        """A thread is done with a request: wait for the next one, or close."""
-        if conn.sock.fileno() < 0:      # it was handed to a relay, which closes it
-            self.nr_conns -= 1
-        elif not keep or not self.alive:
-            self._linger(conn)
-        elif conn.intake.begun and conn.intake.ready():     # pipelined: the next request is here already
-            self.enqueue_req(conn)
-        else:
-            conn.sock.setblocking(False)
-            self._wait_for_client(conn, None)
-
-    # --- one request, on a thread of its own ------------------------------------------------------------------------
-
-    def _serve(self, conn: Connection) -> None:
-        request_id.begin()
-        taken = conn.intake.take()
-        keep = self._answer(conn, taken)
-        if taken.place is not None:
-            self._buffers.give_back(taken.place)
-        self.method_queue.defer(self._finish, conn, keep)
-
-    def _answer(self, conn: Connection, taken: Taken) -> bool:
-        """Whether the connection may be used again."""
-        request = None
-        try:
-            conn.sock.setblocking(True)
-            conn.sock.settimeout(SEND_TIMEOUT_S)
-            conn.init()
-            conn.sock.settimeout(SEND_TIMEOUT_S)
-            conn.parser.unreader.unread(taken.head)
-            request = next(conn.parser)
-            if taken.refusal is not None:
-                raise taken.refusal
-            request.body = Collected(taken.body)
-            keep: bool = self.handle_request(request, conn)
-            return keep and taken.whole
-        except (http_errors.NoMoreData, StopIteration):
-            return False
-        except OSError as error:
-            if error.errno not in CLIENT_GONE and not isinstance(error, TimeoutError):
-                log.exception("a connection failed")
-            if request is not None and request.version < (1, 1):
-                _reset(conn.sock)
-            return False
-        except Exception as error:
-            self.handle_error(request, conn.sock, conn.client, error)
-            return False
-
-    def handle_error(self, req: Any, client: socket.socket, addr: Any, exc: BaseException) -> None:
-        """A request that could not be parsed, or a bug: one answer in the envelope, then the connection closes."""
-        error, status = DaemonError("the daemon failed; its log says how"), 500
-        if isinstance(exc, DaemonError):
-            error, status = exc, exc.status
-        elif isinstance(exc, http_errors.ParseException):
-            error = BadRequest(f"the request cannot be read: {exc}", code="invalid_request")
-            status = {http_errors.LimitRequestHeaders: 431, http_errors.UnsupportedTransferCoding: 501,
-                      http_errors.ExpectationFailed: 417}.get(type(exc), 400)
-        else:
-            log.error("a request failed", exc_info=exc)
-        body = orjson.dumps(error.envelope())
-        head = (f"HTTP/1.1 {status} {STATUS_NAMES.get(status, 'Error')}\r\nConnection: close\r\n"
-                f"{request_id.HEADER}: {request_id.current()}\r\n"
-                f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n")
-        with contextlib.suppress(OSError):
-            client.sendall(head.encode() + body)
-
-    # --- the end --------------------------------------------------------------------------------------------------
-
-    def _drain(self) -> None:
-        """Accept nothing more, let requests in flight finish, up to the grace time."""
-        self.service.close_door()
-        self.set_accept_enabled(False)
-        for listener in self.sockets:
-            listener.close()
-        for parked in list(self._parked.values()):
-            self._unpark(parked.connection)
-            self._close(parked.connection)
-        deadline = time.monotonic() + self.settings.shutdown_grace_s
-        while self.nr_conns + self.service.streams() > 0 and time.monotonic() < deadline and not self.hurry:
-            self.notify()
-            self._round(0.2)
-
-
-def _reset(client: socket.socket) -> None:
-    """Close so that it shows: to HTTP/1.0 the plain end of a connection is the good end of a body."""
-    with contextlib.suppress(OSError):
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        client.close()
 
 
 class Server(BaseApplication):

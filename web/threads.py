@@ -48,7 +48,7 @@ class Threads(Generic[Job]):
         return self._jobs.qsize() > 0
 
     def submit(self, job: Job) -> None:
-        """Called by one thread only, as `grow` is."""
+        """Any thread may call it; `grow` is for one."""
         self._jobs.put(job)
         if self._count < CORE and self._jobs.qsize() > self._idle:
             self._start()
@@ -71,10 +71,13 @@ class Threads(Generic[Job]):
             self._jobs.put(None)
 
     def _start(self) -> None:
-        if self._count < self._most + self.waiting():
-            with self._lock:
-                self._count += 1
-            threading.Thread(target=self._work, name=f"request-{self._count}", daemon=True).start()
+        most = self._most + self.waiting()
+        with self._lock:
+            if self._count >= most:
+                return
+            self._count += 1
+            number = self._count
+        threading.Thread(target=self._work, name=f"request-{number}", daemon=True).start()
 
     def _work(self) -> None:
         while True:
