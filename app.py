@@ -31,7 +31,7 @@ from instances.store import StateDir
 from router import Router
 from routing import request_id
 from routing.upstream import ClientLeft
-from web import admin, auth, models
+from web import admin, auth, metrics, models
 from web.audit import AuditLog
 from web.reloader import EVERY_S, Reloader
 from web.server import Server
@@ -59,15 +59,19 @@ def create_app(deps: Deps) -> Flask:
     app = Flask("vllm_server", static_folder=None)
     app.url_map.merge_slashes = False
     app.json.sort_keys = False  # type: ignore[attr-defined]
+    about = {"version": VERSION, "simulated": is_simulated(deps.manager.settings.command)}
     app.extensions.update(manager=deps.manager, router=deps.router, reloader=deps.reloader,
                           audit=deps.audit,
-                          about={"version": VERSION, "simulated": is_simulated(deps.manager.settings.command)})
+                          about=about, metrics=metrics.registry_of(deps.manager, deps.router, about))
+    app.before_request(lambda: metrics.begin(request))
     app.before_request(lambda: request_id.adopt(request.headers.get(request_id.HEADER)))
     app.before_request(lambda: auth.check(request, deps.manager.settings))
     app.after_request(_with_request_id)
+    app.after_request(lambda response: metrics.count(deps.router, request, response))
     app.after_request(lambda response: _audited(deps.audit, response))
     app.register_blueprint(admin.blueprint)
     app.register_blueprint(models.blueprint)
+    app.register_blueprint(metrics.blueprint)
     app.register_blueprint(data_plane.blueprint)
     app.register_error_handler(Exception, _answer_error)
     return app

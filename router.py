@@ -18,7 +18,7 @@ from flask import Blueprint, Request, Response, current_app, request
 from werkzeug.exceptions import ClientDisconnected
 
 from config import Key, Settings
-from errors import BadRequest, Forbidden, NotFound, TooLarge, UpgradeRequired, UpstreamError
+from errors import BadRequest, Forbidden, ModelNotFound, NotFound, TooLarge, UpgradeRequired, UpstreamError
 from instance_manager import InstanceManager
 from instances.instance import ACTIVE, Lease, State
 from routing import commented, limits, paths, requested_model
@@ -28,6 +28,7 @@ from routing.checker import Checker, LocalTarget
 from routing.client_watch import ClientWatch, Watched
 from routing.forwarding import Forwarder, Outgoing, origin_of, outgoing, target
 from routing.health import Status
+from routing.observed import ABOUT, About, Observed
 from routing.policies import policy_named
 from routing.relay import RelayStream, TakenOver
 from routing.relay_process import Relays
@@ -78,6 +79,7 @@ class Router:
         self._forwarder = Forwarder(manager, self.balancer, self._upstream, self.relays, self.fleet.name)
         self.ways = Ways(manager, self.balancer)
         self._owners = ResponseOwners()
+        self.observed = Observed()
 
     def use(self, settings: Settings) -> None:
         """Go over to other settings: the servers, and how they are chosen."""
@@ -215,14 +217,16 @@ class Router:
                  with_id: Callable[[bytes, str], None] | None = None,
                  with_owner: Callable[[str], None] | None = None, comments: bool = False) -> Response:
         """`comments`: an event stream is asked for, whose client may be told of a long wait."""
+        about: About = incoming.environ.get(ABOUT) or About(time.monotonic())
         sent = outgoing(incoming, path, body, relayed=not limits.counts_tokens(caller(incoming)))
         watched = self.watch.add(sent.client)
         waiter = self._waiter(way, watched)
         try:
             for _ in range(PICKS + way.attempts.max_retries):
                 lease = waiter.lease(within_s=commented.AFTER_S if comments else None)
+                about.model = way.ask.model
                 if lease is None:
-                    return self._commented(sent, path, way, waiter, watched, with_id)
+                    return self._commented(sent, path, way, waiter, watched, with_id, about)
                 waiter.close()
                 if with_owner is not None:
                     with_owner(lease.instance_id)
@@ -232,11 +236,15 @@ class Router:
                     self._go_on(error, lease, way, waiter)
                 else:
                     if answer is not None:
-                        return answer
+                        about.backend, about.status = _name_of(lease), answer[1]
+                        lease.when_released(self.observed.end_of(about, time.monotonic))
+                        return answer[0]
             raise UpstreamError(f"{way.goal.what} takes no connections although it should be ready; try again later")
-        except BaseException:
+        except BaseException as error:
             waiter.close()
             watched.close()
+            if not isinstance(error, ModelNotFound):
+                about.model = way.ask.model
             raise
 
     def _go_on(self, error: UpstreamError, lease: Lease, way: Way, waiter: Waiter) -> None:
@@ -252,13 +260,14 @@ class Router:
     def _leave(self, way: Way, lease: Lease, error: UpstreamError) -> None:
         log.info("a request for %s goes elsewhere after %s: %s", way.goal.what, lease.instance_id, error.message)
         way.attempts.leave(lease.instance_id, error)
+        self.observed.retried(error.code)
 
     def _waiter(self, way: Way, watched: Watched) -> Waiter:
         return Waiter(self.manager, way.goal, lambda candidates: self.ways.grant(way, candidates), watched,
                       patience_s=self.manager.settings.request_queue_timeout_s)
 
     def _commented(self, sent: Outgoing, path: str, way: Way, waiter: Waiter, watched: Watched,
-                   with_id: Callable[[bytes, str], None] | None) -> Response:
+                   with_id: Callable[[bytes, str], None] | None, about: About) -> Response:
         """200 now, and comments until the engine's own events can follow."""
         # Its head will not reach the client, who must not be sent what only that explains.
         plain = sent._replace(headers={name: value for name, value in sent.headers.items()
@@ -266,6 +275,7 @@ class Router:
 
         def open_stream(lease: Lease) -> tuple[Answer, RelayStream]:
             exchange, upstream = self._forwarder.send(plain, lease, watched, max(0.05, self.ways.left_s(way, lease)))
+            lease.when_released(self.observed.end_of(about, time.monotonic))
             return upstream, RelayStream(upstream, exchange, lease, watched, _first_piece(with_id, lease))
 
         stream = commented.CommentedStream(waiter, open_stream, watched, path)
@@ -294,8 +304,9 @@ class Router:
         return Response(TakenOver(lease), direct_passthrough=True)
 
     def _exchange(self, sent: Outgoing, lease: Lease, watched: Watched, way: Way,
-                  with_id: Callable[[bytes, str], None] | None) -> Response | None:
-        """Send, read the head, and hand what is held to a RelayStream; None: its answer sends it elsewhere.
+                  with_id: Callable[[bytes, str], None] | None) -> tuple[Response, int] | None:
+        """Send, read the head, and hand what is held to a RelayStream; None: its answer sends it elsewhere.  With the
+        status that the client gets.
 
         Releases the lease if that fails.
         """
@@ -303,12 +314,13 @@ class Router:
         exchange, upstream = self._forwarder.send(sent, lease, watched, limit_s)
         if way.attempts.may_follow_status(upstream.head.status) and self.ways.another(way, lease):
             self._forwarder.drop(upstream, exchange, lease, watched)
-            self._leave(way, lease, UpstreamError(f"it answered {upstream.head.status}"))
+            self._leave(way, lease, UpstreamError(f"it answered {upstream.head.status}",
+                                                code=str(upstream.head.status)))
             return None
         idle_s = self.manager.settings.stream_idle_timeout_s
         on_first = _first_piece(with_id, lease)
         if self._forwarder.relayed(sent, upstream, exchange, lease, watched, on_first, idle_s):
-            return Response(TakenOver(lease), direct_passthrough=True)
+            return Response(TakenOver(lease), direct_passthrough=True), upstream.head.status
         exchange.wait_for(idle_s)
         stream = RelayStream(upstream, exchange, lease, watched, on_first)
         response = EngineResponse(stream, status=upstream.head.status, headers=response_headers(upstream),
@@ -316,7 +328,12 @@ class Router:
         if upstream.is_bodyless:
             response.response = []
             stream.end_without_body()
-        return response
+        return response, upstream.head.status
+
+
+def _name_of(lease: Lease) -> str:
+    """Of its backend, for people and labels."""
+    return lease.server.config.name if isinstance(lease, RemoteLease) else lease.instance_id
 
 
 def _first_piece(with_id: Callable[[bytes, str], None] | None, lease: Lease) -> Callable[[bytes], None] | None:

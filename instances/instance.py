@@ -130,7 +130,7 @@ class Lease:
         self.port = port
         self.cut_error: DaemonError | None = None
         self._on_cut: Callable[[], None] | None = None
-        self._on_release: Callable[[], None] | None = None
+        self._on_release: list[Callable[[], None]] = []
         self._released = False
         self._release = release
 
@@ -147,8 +147,8 @@ class Lease:
                 callback()
 
     def when_released(self, callback: Callable[[], None]) -> None:
-        """Called once it has come back, at once if it has already; in a race it may run twice, as with `on_cut`."""
-        self._on_release = callback
+        """Called once it has come back, at once if it has already; it may be called again."""
+        self._on_release.append(callback)
         if self._released:
             callback()
 
@@ -156,8 +156,8 @@ class Lease:
         """Give it back; a second call does nothing.  `ok`: the engine answered, which shows that it is not hung."""
         self._release(self, ok)
         self._released = True
-        if self._on_release is not None:
-            self._on_release()
+        for callback in self._on_release:
+            callback()
 
 
 @dataclass(frozen=True)

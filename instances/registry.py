@@ -38,6 +38,7 @@ class Registry:
         self._closing = False       # nothing starts any more and no request waits for a start
         self._detaching = False     # and the instances are left to the next daemon
         self._counters: Counter[str] = Counter()
+        self._seconds: dict[str, tuple[int, float]] = {}    # what took how often how long, all together
         self._lines: dict[str, dict[object, float]] = {}    # model name -> who waits for it, and since when
 
     # --- readers --------------------------------------------------------------------------------------------------
@@ -100,6 +101,17 @@ class Registry:
         """How many requests wait for a model."""
         with self._changed:
             return sum(map(len, self._lines.values()))
+
+    @property
+    def seconds(self) -> dict[str, tuple[int, float]]:
+        """How many loads (from the launch on) and wakes there were, and how long they took, all together."""
+        with self._changed:
+            return dict(self._seconds)
+
+    def queues(self) -> dict[str, int]:
+        """How many requests wait for each model that is not ready."""
+        with self._changed:
+            return {name: len(line) for name, line in self._lines.items()}
 
     def log_paths(self) -> list[Path]:
         with self._changed:
@@ -192,6 +204,8 @@ class Registry:
             instance.names = _names(instance.spec, names)
             instance.last_used, instance.phase, instance.progress = now, str(found), 1.0
             instance.ready_at, instance.squeeze = now, None
+            if instance.launched_at is not None:
+                self._took("load", now - instance.launched_at)
             instance.engine, instance.on_demand = facts, False
             if found is State.READY:
                 instance.asleep_level = 0
@@ -230,6 +244,7 @@ class Registry:
             if instance.state is State.WAKING:
                 self._counters["wakes"] += 1
                 now = self.clock()
+                self._took("wake", now - instance.changed_at)
                 instance.asleep_level, instance.phase, instance.last_used = 0, "ready", now
                 instance.ready_at, instance.wake_wanted = now, False
                 instance.change_state(State.READY, now, f"awake: {instance.why}")
@@ -297,6 +312,10 @@ class Registry:
                            f"there is no instance {instance_id[:64]!r}; GET /instances lists them",
                            code="instance_not_found", param="instance_id")
         return instance
+
+    def _took(self, what: str, seconds: float) -> None:
+        number, total_s = self._seconds.get(what, (0, 0.0))
+        self._seconds[what] = number + 1, total_s + seconds
 
     def _view(self, instance: Instance) -> InstanceView:
         return instance.view(self.clock(), self._wall())

@@ -29,6 +29,7 @@ LOOK_S = 1.0            # how often it is looked which servers and instances the
 SCRAPE_S = 2.0          # between two readings of one server's load
 SCRAPES_A_SECOND = 100  # over all servers: many of them are read less often
 MODELS_EVERY = 5        # checks; that often /v1/models is asked too
+REFRESH_LIMIT_S = 1.0
 APART_S = 0.002         # between the first checks of two servers
 RESOLVERS = 32          # threads that look names up: a name server that hangs must not hold up the other names
 
@@ -59,6 +60,7 @@ class Checker:
         self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._closing = False
         self._scrape_s = SCRAPE_S
+        self._refreshed_at = -SCRAPE_S
 
     def start(self) -> None:
         self._fleet.on_change, self._fleet.on_failure = self.look_again, self.hurry
@@ -90,6 +92,18 @@ class Checker:
         with contextlib.suppress(TimeoutError):
             return done.result(limit_s + 5)
         return {}
+
+    def refresh(self) -> None:
+        """Read the load of the instances now that are not read all the time.  Blocks for up to REFRESH_LIMIT_S."""
+        if self._clock() - self._refreshed_at < SCRAPE_S:
+            return
+        self._refreshed_at = self._clock()
+        others = {one.id: Origin.local(one.port) for one in self._instances() if not one.watched}
+        for instance_id, answer in self.ask_all(others, "/metrics", REFRESH_LIMIT_S).items() if others else ():
+            found = gauges(answer.body) if answer.status == 200 else None
+            if found is not None:
+                self._balancer.note_reading(instance_id, Reading(self._clock(), found.running, found.waiting,
+                                                                 cache_usage=found.cache_usage))
 
     def _soon(self, callback: Callable[[], object]) -> None:
         with contextlib.suppress(RuntimeError):     # it is closed already

@@ -113,6 +113,11 @@ def test_a_server_takes_the_requests_while_the_model_loads_here(tmp_path: Path) 
         assert daemon.status_of(made["id"]) == "starting"
         wait_until(lambda: daemon.status_of(made["id"]) == "ready")
         wait_until(lambda: "server" not in daemon.post("/v1/completions", body | {"max_tokens": 1}).json)
+        wait_until(lambda: {one["id"]: one["capacity"] for one in daemon.get("/load-stats").json["servers"]}
+                           .get(made["id"]) == 1)
+        with daemon.open("POST", "/v1/completions", body | {"stream": True, "max_tokens": 400}):
+            wait_until(lambda: daemon.instance(made["id"])["in_flight"] == 1)
+            assert daemon.post("/v1/completions", body).json.get("server") == "a"       # nobody here has room
 
 
 def test_a_session_stays_with_its_server(tmp_path: Path, servers: list[StubServer]) -> None:
