@@ -11,8 +11,9 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from flask import Flask, Response, jsonify, request
 from werkzeug.exceptions import HTTPException
@@ -161,6 +162,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, metavar="FILE", help="models file instead of ./config.yaml")
     parser.add_argument("--servers", type=Path, metavar="FILE", help="list of other servers instead of ./servers.toml")
     parser.add_argument("--env", type=Path, metavar="FILE", help="settings file instead of ./.env")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--console", action="store_true", help="log on this terminal, which is what happens anyway")
+    where.add_argument("--monitor", action="store_true", help="show the monitor on this terminal, log into a file")
     parser.add_argument("--check", action="store_true",
                         help="read the settings, say what is wrong with them or print them as JSON, and end")
     parser.add_argument("--version", action="version", version=f"vllm-server {VERSION}")
@@ -205,8 +209,19 @@ def banner(settings: config.Settings, address: str) -> None:
         log.warning("%s", warning)
 
 
+def become_monitored(argv: Sequence[str]) -> NoReturn:
+    """Go on as the client's `run --monitor`, which starts this program as its child."""
+    if find_spec("textual") is None:
+        sys.exit("vllm-server: --monitor needs the client's libraries: pip install ./client")
+    here = Path(__file__).resolve().parent
+    os.environ["VLLM_SERVER_HOME"] = str(here)
+    os.execv(sys.executable, [sys.executable, str(here / "client"), "run", *argv])    # whose options have these names
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
+    if arguments.monitor:
+        become_monitored(sys.argv[1:] if argv is None else argv)
     try:
         watch = FileWatch(*config.watched_paths(    # before they are read
             os.environ, env_file=arguments.env, config_file=arguments.config, servers_file=arguments.servers,

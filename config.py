@@ -34,6 +34,7 @@ from configuration.settings_table import (
     DEFAULT_FLAG,
     FLAG_PARSERS,
     FLAGS,
+    OF_THE_CLIENT,
     OURS,
     PROXIES,
     REFUSED,
@@ -184,7 +185,7 @@ def child_environment(settings: Settings, environ: Mapping[str, str]) -> dict[st
     """The environment of an engine: `environ` without our own names and secrets, with what .env holds for it."""
     child = {name: text for name, text in {**settings.engine_env, **environ}.items()
              if name not in OURS and name not in REFUSED and not name.startswith(DEFAULT_FLAG)
-             and name not in settings.servers.key_variables
+             and name not in settings.servers.key_variables and name not in OF_THE_CLIENT
              and name != "PROMETHEUS_MULTIPROC_DIR"}    # the daemon's, were it ever set; the engine makes its own
     if any(child.get(name) for name in PROXIES if name.lower() != "no_proxy"):
         listed = ",".join(filter(None, (child.get("no_proxy"), child.get("NO_PROXY"))))

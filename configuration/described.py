@@ -17,6 +17,7 @@ def described(values: Mapping[str, Any]) -> dict[str, Any]:
     secrets |= {name for name, one in given.items() if name.endswith("_PROXY") and "@" in str(one)}     # user:password@
     return {"settings": {name: _hidden(one) if name in secrets else _plain(name, one) for name, one in given.items()},
             "config_file": _plain("", values["config_file"]), "models": values["catalog"].names(),
+            "servers": [server.url for server in values["servers"].servers],
             "warnings": list(values["warnings"])}
 
 

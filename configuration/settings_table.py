@@ -229,5 +229,7 @@ ENGINE_NAMES = PROXIES | {"PATH", "TMPDIR", "HOME", "LANG", "TZ", "LD_LIBRARY_PA
 ENGINE_PREFIXES = ("HF_", "HUGGING_FACE_", "HUGGINGFACE_", "TRANSFORMERS_", "TOKENIZERS_", "CUDA_", "NVIDIA_",
                     "NCCL_", "GLOO_", "UCX_", "TORCH_", "TORCHINDUCTOR_", "PYTORCH_", "TRITON_", "FLASHINFER_",
                     "LMCACHE_", "OMP_", "MKL_", "RAY_", "XDG_", "SIMULATOR_", "VLLM_")
+OF_THE_CLIENT = frozenset({"VLLM_SERVER_URL", "VLLM_SERVER_API_KEY", "VLLM_SERVER_HOME"})
+"""Variables of the command vllm-server, which may have started the daemon.  A key is among them: engines get none."""
 # The engine would demand this key from the daemon, which has no use for it: keys are checked once, at the door.
 REFUSED = {"VLLM_API_KEY": "is the engine's own key; the daemon checks keys itself: set API_KEYS"}

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from config import child_environment, load_settings
 from tests.command import ARGV, OnTerminal, environment, vllm_server
 from tests.daemon import CHECKOUT, HANG_S, SIMULATOR, Daemon
 from tests.sdk import Scripted, answer
@@ -163,6 +164,27 @@ def test_run_on_a_terminal_shows_the_monitor_and_its_end_is_the_daemons(tmp_path
             screen.keys("C-c")
             screen.wait_for("stopped", "exit=0")
         lent.start()
+
+
+@needs_tmux
+def test_the_daemons_own_program_shows_the_monitor_too(tmp_path: Path) -> None:
+    with Daemon(tmp_path / "other") as lent:
+        lent.stop()
+        (tmp_path / "servers.toml").write_text("[servers]\nservers = []\n")
+        argv = [sys.executable, "app.py", "--monitor", "--host", "127.0.0.1", "--port", "0", "--servers",
+                str(tmp_path / "servers.toml")]
+        with Tmux(argv, {**environment(None), **lent.env}, cwd=CHECKOUT) as screen:
+            screen.wait_for("0 of 0 ready", "q Quit")
+            screen.keys("q")
+            screen.wait_for("exit=0")
+        lent.start()
+
+
+def test_a_clients_key_reaches_no_engine(tmp_path: Path) -> None:
+    environ = {"VLLM_SERVER_API_KEY": "hush", "VLLM_SERVER_URL": "u", "VLLM_SERVER_HOME": "h",
+               "VLLM_SERVER_DEV_MODE": "1"}
+    settings = load_settings({}, cwd=tmp_path)
+    assert child_environment(settings, environ) == {"VLLM_SERVER_DEV_MODE": "1"}
 
 
 def test_the_monitor_needs_a_terminal_and_a_key(tmp_path: Path, env: dict[str, str]) -> None:

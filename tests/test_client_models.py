@@ -151,3 +151,16 @@ def test_the_monitor_loads_what_is_configured_and_puts_it_to_sleep(daemon: Daemo
         wait_until(lambda: daemon.instances()[0]["status"] == "ready")
         screen.keys("q")
         screen.wait_for("exit=0")
+
+
+@pytest.mark.parametrize("kind", CLIENTS.values(), ids=CLIENTS)
+def test_a_stream_waits_for_its_model_past_the_comments(tmp_path: Path, kind: Any) -> None:
+    with (Daemon(tmp_path, patch={"routing.commented.AFTER_S": 0.1, "routing.commented.EVERY_S": 0.05}) as daemon,
+          kind(f"http://127.0.0.1:{daemon.port}") as sdk):
+        daemon.create("org/slow", sim={"start_s": 1}, wait=False)
+        messages = [{"role": "user", "content": "Hello"}]
+        assert "simulated" in "".join(sdk.chat_completion_stream("org/slow", messages))
+        daemon.create("org/bad", sim={"start_s": 60, "fail": "no_weights", "fail_after_s": 1}, wait=False)
+        with pytest.raises(ServerError) as caught:
+            list(sdk.chat_completion_stream("org/bad", messages))
+        assert (caught.value.code, caught.value.status) == ("no_weights", None)

@@ -79,7 +79,9 @@ def management(client: VLLMProxyClient) -> Finding:
 def settings(found: Mapping[str, Any]) -> Finding:
     models = len(found["models"])
     file = f"{found['config_file']} ({models} names of models)" if found["config_file"] else "no config.yaml"
-    return Finding("settings", Verdict.WARN if found["warnings"] else Verdict.OK, f"read without a mistake; {file}",
+    servers = f", {len(found['servers'])} other servers" if found["servers"] else ""
+    return Finding("settings", Verdict.WARN if found["warnings"] else Verdict.OK,
+                   f"read without a mistake; {file}{servers}",
                    " ".join(found["warnings"]))
 
 

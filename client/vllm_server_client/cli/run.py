@@ -19,20 +19,22 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--host", metavar="ADDRESS", help="To listen on  [default: APP_HOST, else 0.0.0.0]")
 @click.option("--port", type=click.IntRange(0, 65535), metavar="PORT", help="[default: APP_PORT, else 5000]")
 @click.option("--config", type=FILE, metavar="FILE", help="Instead of ./config.yaml.")
+@click.option("--servers", type=FILE, metavar="FILE", help="Instead of ./servers.toml.")
 @click.option("--env", type=FILE, metavar="FILE", help="Instead of ./.env.")
 @click.option("--console", "form", flag_value="console", help="Its log on this terminal.")
 @click.option("--monitor", "form", flag_value="monitor",
               help="The monitor on this terminal, the log in a file.  [default on a terminal]")
 @click.pass_context
-def run(context: click.Context, host: str | None, port: int | None, config: Path | None, env: Path | None,
-        form: str | None) -> None:
+def run(context: click.Context, host: str | None, port: int | None, config: Path | None,
+        servers: Path | None, env: Path | None, form: str | None) -> None:
     """Start the daemon here.
 
     It needs a checkout of vllm-server (the working directory, or VLLM_SERVER_HOME) or its container image, and uses the
     settings of the working directory.  Its end (q in the monitor, Ctrl-C, SIGTERM) stops all its instances.
     """
     terminal = context.ensure_object(Terminal)
-    given = (("--host", host), ("--port", port), ("--config", config), ("--env", env))
+    given = (("--host", host), ("--port", port), ("--config", config), ("--servers", servers),
+             ("--env", env))
     arguments = [word for name, value in given if value is not None for word in (name, str(value))]
     try:
         place = home.find()
