@@ -14,7 +14,7 @@ import pytest
 from .real_daemon import Model, RealDaemon, find_engine, make_bert, make_llama
 
 ORDER = ("test_loading", "test_cold", "test_sdks", "test_client", "test_crash", "test_idle", "test_stop",
-         "test_failures")
+         "test_failures", "test_five_models")
 GUARD_S = 1500      # for one test and what it needs
 
 _figures: list[str] = []
