@@ -1,5 +1,5 @@
 """Five models and room for two, with the real engine: whoever is asked for is loaded, and the one least recently used
-goes for it.  The host's memory is the device."""
+goes for it.  The host's memory is the device; sleep is vLLM's own, in development mode."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 
 from instances import processes
 from scripts.make_models import SENTENCES
+from tests.support import wait_until
 
 from .real_daemon import LOAD_S, Model, RealDaemon, make_llama
 
@@ -102,3 +103,23 @@ def test_five_models_answer_in_turn_where_two_have_room(world: RealDaemon, loads
                 assert found["because"] in world.log
     assert watch.most == 2
     note("five models, room for two: first answers after " + ", ".join(f"{took_s:.1f} s" for took_s in loads.values()))
+
+
+def test_the_one_used_last_stays(world: RealDaemon) -> None:
+    ask(world, NAMES[3])
+    ask(world, NAMES[0])
+    assert set(resident(world)) == {NAMES[0], NAMES[3]}
+
+
+def test_a_sleeper_answers_sooner_than_a_cold_start(world: RealDaemon, loads: dict[str, float],
+                                                    note: Callable[[str], None]) -> None:
+    one = resident(world)[NAMES[0]]
+    answer = world.post(f"/instances/{one['id']}/sleep")
+    assert answer.status in (200, 202), answer
+    wait_until(lambda: world.status_of(one["id"]) == "sleeping", LOAD_S)
+    wake_s = ask(world, NAMES[0])
+    assert world.instance(one["id"])["pid"] == one["pid"] and world.status_of(one["id"]) == "ready"
+    assert wake_s < min(loads.values()) / 2
+    warm_s = ask(world, NAMES[0])
+    note(f"asleep: answered after {wake_s:.2f} s (awake: {warm_s:.2f} s; not loaded: {min(loads.values()):.1f} s at "
+         "the best)")
