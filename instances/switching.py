@@ -5,8 +5,9 @@ requests, ends those that it has (all that came before), and goes.
 
 - A holder in use may be taken for others once it has had MAX_HOLD_SECONDS: counted from when it became ready, or from
   when the first of the others began to wait, whichever is later.
-- An idle holder may be taken once it has stayed for as long as loading it takes (MAX_HOLD_SECONDS at most), or has been
-  idle for a quarter of that.  Who asks in short intervals keeps it for a turn; one lonely request does not.
+- An idle holder may be taken once it has stayed for as long as loading it takes (at least 2 s, at most
+  MAX_HOLD_SECONDS), or has been idle for a quarter of that.  Who asks in short intervals keeps it for a turn; one
+  lonely request does not.
 - Who has waited longest is next; others may start meanwhile only where nobody has to go for them.
 
 With n models, room for one of them, hold H, load L (the longest) and drain D (the longest request), no request waits
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from instances.eviction import RELOAD_S
 
 IDLE_SHARE = 0.25           # of its residence: one that is idle for so long is not waited for
+LEAST_STAY_S = 2.0
 CANCEL_SHARE = 0.5          # a load that is farther than this is finished for nobody
 
 
@@ -35,8 +37,9 @@ class Waiter:
 
 
 def residence_s(reload_s: float | None, max_hold_s: float) -> float:
-    """How long an idle holder stays although others wait: as long as its load took, so that half of the time serves."""
-    return min(max_hold_s, RELOAD_S if reload_s is None else reload_s)
+    """How long an idle holder stays although others wait: as long as its load took, so that half of the time serves.
+    A little even if that was quick: then the switch itself, drain and stop and start, is what costs."""
+    return min(max_hold_s, max(LEAST_STAY_S, RELOAD_S if reload_s is None else reload_s))
 
 
 def may_go(*, busy: bool, hold_s: float, idle_s: float, reload_s: float | None, contended_s: float,

@@ -15,7 +15,16 @@ from instances import switching
 from instances.footprint import Footprint
 from instances.ledger import Limits, Resident
 from instances.placement import Need, plan
-from instances.switching import Waiter, give_up, longest_wait_s, may_go, order, residence_s, shortest_turn_s
+from instances.switching import (
+    LEAST_STAY_S,
+    Waiter,
+    give_up,
+    longest_wait_s,
+    may_go,
+    order,
+    residence_s,
+    shortest_turn_s,
+)
 
 GIB = 1 << 30
 HOLD_S = 30.0
@@ -42,7 +51,8 @@ def test_an_idle_holder_stays_as_long_as_its_load_took_if_it_is_still_asked(
 
 
 def test_a_turn_is_never_longer_than_the_setting_nor_unknown() -> None:
-    assert residence_s(300.0, HOLD_S) == HOLD_S and residence_s(2.0, HOLD_S) == 2.0
+    assert residence_s(300.0, HOLD_S) == HOLD_S and residence_s(3.0, HOLD_S) == 3.0
+    assert residence_s(0.1, HOLD_S) == LEAST_STAY_S and residence_s(0.1, 0.0) == 0.0
     assert residence_s(None, HOLD_S) == HOLD_S and residence_s(None, 600.0) == 60.0
     assert allowed(busy=True, hold_s=0, contended_s=1) is False
     assert may_go(busy=True, hold_s=0, idle_s=0, reload_s=1, contended_s=1, max_hold_s=0)       # set to 0: at once

@@ -105,12 +105,6 @@ def test_five_models_answer_in_turn_where_two_have_room(world: RealDaemon, loads
     note("five models, room for two: first answers after " + ", ".join(f"{took_s:.1f} s" for took_s in loads.values()))
 
 
-def test_the_one_used_last_stays(world: RealDaemon) -> None:
-    ask(world, NAMES[3])
-    ask(world, NAMES[0])
-    assert set(resident(world)) == {NAMES[0], NAMES[3]}
-
-
 def test_a_sleeper_answers_sooner_than_a_cold_start(world: RealDaemon, loads: dict[str, float],
                                                     note: Callable[[str], None]) -> None:
     one = resident(world)[NAMES[0]]
