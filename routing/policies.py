@@ -182,13 +182,14 @@ class Prefix(Load):
     def choose(self, backends: Sequence[Backend], key: int | None, draw: random.Random) -> Backend:
         if key is None:
             return super().choose(backends, None, draw)
-        best = max(backends, key=lambda one: mixed(key, one.seed))
+        wants = [mixed(key, one.seed) for one in backends]
         capacity = sum([one.capacity * one.weight for one in backends])
         total = sum([one.running + one.waiting for one in backends]) + 1
+        best = backends[wants.index(max(wants))]
         if _has_room(best, total, capacity):
             return best
-        wanted = sorted(backends, key=lambda one: mixed(key, one.seed), reverse=True)
-        return next((one for one in wanted if _has_room(one, total, capacity)), None) \
+        order = sorted(range(len(backends)), key=wants.__getitem__, reverse=True)
+        return next((backends[index] for index in order if _has_room(backends[index], total, capacity)), None) \
             or lowest(backends, [one.score for one in backends], draw)
 
 
