@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable
 
 from simulation.knobs import Knobs
 from simulation.metrics import Metrics
+from simulation.prefix_cache import PrefixCache
 
 LEVEL_NAMES = {1: "weights_offloaded", 2: "discard_all"}
 
@@ -63,6 +64,8 @@ class Engine:
         self._running: set[Job] = set()
         self._waiting: deque[Job] = deque()
         self._drained = asyncio.Event()
+        self._cache = PrefixCache(knobs.prefix_cache_tokens)
+        self._prefilled_at = 0.0        # by the loop's clock: when the prompts that are here are computed
         self._awake_tags: set[str] = set()      # what is back of an engine that is woken in parts
 
     @property
@@ -86,8 +89,8 @@ class Engine:
             self.metrics.rejections += 1
             raise QueueFull
 
-    async def generate(self, prompt_tokens: int, tokens: int, finish: str,
-                       n: int = 1) -> AsyncGenerator[tuple[str, str | None], None]:
+    async def generate(self, prompt_tokens: int, tokens: int, finish: str, n: int = 1,
+                       prompt: str = "") -> AsyncGenerator[tuple[str, str | None], None]:
         """The text of each token with the finish reason of the last: `finish`, or abort when a sleep ended it.
 
         Raises EngineDead when the engine dies meanwhile.  Closing the iterator frees its place at once.
@@ -98,7 +101,7 @@ class Engine:
         try:
             await self._admit(job)
             self.metrics.prompt_tokens += prompt_tokens
-            await self._wait(job, self.knobs.first_token_s)
+            await self._wait(job, self.knobs.first_token_s + self._prefill_s(prompt, prompt_tokens))
             due = asyncio.get_running_loop().time()
             for number in range(1, tokens + 1):
                 await self._stand_still(job)
@@ -119,6 +122,16 @@ class Engine:
             raise
         finally:
             self._leave(job, reason)
+
+    def _prefill_s(self, prompt: str, tokens: int) -> float:
+        """Until a prompt is computed, after those that came before it."""
+        hits = self._cache.hits(prompt, tokens)
+        self.metrics.prefix_hits += hits
+        now = asyncio.get_running_loop().time()
+        if self.knobs.prefill_tokens_per_s <= 0:
+            return 0.0
+        self._prefilled_at = max(now, self._prefilled_at) + (tokens - hits) / self.knobs.prefill_tokens_per_s
+        return self._prefilled_at - now
 
     async def compute(self, prompt_tokens: int) -> None:
         """What a pooling request costs: one pass.  Raises EngineDead."""

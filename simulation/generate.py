@@ -40,13 +40,14 @@ class Ask:
     finish: str
     n: int
     created: int
+    prompt: str = ""
 
 
 Step = tuple[str, str | None]
 
 
 def _steps(service: Service, ask: Ask) -> AsyncGenerator[Step, None]:
-    return service.engine.generate(ask.prompt_tokens, ask.tokens, ask.finish, ask.n)
+    return service.engine.generate(ask.prompt_tokens, ask.tokens, ask.finish, ask.n, ask.prompt)
 
 
 async def _whole(service: Service, ask: Ask) -> tuple[str, str, int]:
@@ -70,7 +71,7 @@ def _ask(service: Service, body: dict[str, Any], kind: str, prompt: str, choices
     tokens, finish = service.token_limit(body, prompt_tokens, *limits)
     n = wanted * choices
     service.engine.check_admission(n)
-    return Ask(new_id(kind), model, prompt_tokens, tokens, finish, n, now())
+    return Ask(new_id(kind), model, prompt_tokens, tokens, finish, n, now(), prompt)
 
 
 async def chat(service: Service, request: Request) -> Response | EventStream:

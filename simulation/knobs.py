@@ -27,6 +27,8 @@ class Knobs:
     start_s: float = 0.0                # from the exec to the first 200 of /health, spread over the loading phases
     tokens_per_s: float = 200.0         # of each stream; 0 for as fast as it goes
     first_token_s: float = 0.0          # from the request's admission to its first token
+    prefill_tokens_per_s: float = 0.0   # of all prompts together, one after the other; 0: at once
+    prefix_cache_tokens: int = 0        # of prompts that need not be computed again; 0: there is no cache
     tokens: int = 16                    # of an answer whose request names no maximum
     device: str = "cuda"                # "cpu": one Worker with -tp 1, and --enable-sleep-mode refused
     memory_mb: float | None = None      # taken of each device, whatever the flags say; None: as vLLM does (memory.py)
@@ -47,6 +49,7 @@ class Knobs:
     engine_death_exit_s: float | None = None    # from the engine's death to the exit; None: 0.7 in flight, 5 idle
     hang: bool = False                  # inference requests get no answer, /health does
     health_hang: bool = False           # /health gets no answer
+    answer_status: int = 0              # inference requests are answered with this status, 500 say
     die_after_chunks: int | None = None         # the API server is killed after n tokens of any one request
     die_engine_after_chunks: int | None = None  # the EngineCore is
 

@@ -38,6 +38,7 @@ class Metrics:
         self._label = 'model_name="' + model_name.replace("\\", "\\\\").replace('"', '\\"') + '"'
         self.prompt_tokens = 0
         self.generation_tokens = 0
+        self.prefix_hits = 0
         self.rejections = 0
         self.successes = dict.fromkeys(FINISH_REASONS, 0)
         self.first_token = Histogram(FIRST_TOKEN_BUCKETS)
@@ -68,7 +69,8 @@ class Metrics:
             *_metric("kv_cache_usage_perc", "gauge", "KV-cache usage. 1 means 100 percent usage.",
                      [(label, min(1.0, running / max_num_seqs))]),
             *_metric("prefix_cache_queries_total", "counter", "Prefix cache queries.", [(label, self.prompt_tokens)]),
-            *_metric("prefix_cache_hits_total", "counter", "Prefix cache hits.", [(label, 0)]),
+            *_metric("prefix_cache_hits_total", "counter", "Prefix cache hits.",
+                     [(label, self.prefix_hits)]),
             *_metric("num_preemptions_total", "counter", "Cumulative number of preemption from the engine.",
                      [(label, 0)]),
             *_metric("prompt_tokens_total", "counter", "Number of prefill tokens processed.",

@@ -88,6 +88,8 @@ class Router:
     async def _counted(self, handler: Handler, request: Request) -> Response | EventStream:
         """Counts inference requests for /load, streams until their end."""
         service = self.service
+        if handler in INFERENCE and (status := service.engine.knobs.answer_status):
+            raise ApiError(status, f"simulated: every request is answered with {status}")
         if handler not in INFERENCE or not service.options.enable_server_load_tracking:
             return await handler(service, request)
         service.load += 1
