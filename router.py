@@ -312,7 +312,8 @@ class Router:
         """
         limit_s = max(0.05, self.ways.left_s(way, lease))
         exchange, upstream = self._forwarder.send(sent, lease, watched, limit_s)
-        if way.attempts.may_follow_status(upstream.head.status) and self.ways.another(way, lease):
+        local = not isinstance(lease, RemoteLease)
+        if way.attempts.may_follow_status(upstream.head.status, local=local) and self.ways.another(way, lease):
             self._forwarder.drop(upstream, exchange, lease, watched)
             self._leave(way, lease, UpstreamError(f"it answered {upstream.head.status}",
                                                 code=str(upstream.head.status)))

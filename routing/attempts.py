@@ -10,8 +10,11 @@ from dataclasses import dataclass, field
 from errors import DaemonError, EngineStopped, UpstreamError, UpstreamTimeout
 from routing.remote import Outcome
 
-ELSEWHERE = frozenset({429, 500, 502, 503, 504})
-"""Answers that another backend might not give.  A 500 is asked of one other only: two say that it is the request."""
+ELSEWHERE = frozenset({429, 502, 503, 504})
+"""Answers that another backend might not give."""
+ONCE = frozenset({500})
+"""One other is asked for a second opinion: two of them say that it is the request."""
+STALE = 404     # of a server: it may have lost the model since it was last asked what it has; one other is asked
 DEATHS = 2      # engines of this machine that may die under one request: it may be the request that kills them
 
 
@@ -21,7 +24,7 @@ class Attempts:
     tried: set[str] = field(default_factory=set)    # backends that failed it
     retries: int = 0
     deaths: int = 0
-    errors_500: int = 0
+    opinions: int = 0                               # answers for which one other is asked
     last: DaemonError | None = None                 # why it left the last one
     first_at: float | None = None                   # monotonic: when it was first sent
 
@@ -33,12 +36,11 @@ class Attempts:
             self.deaths += 1
         return self.retries < self.max_retries and self.deaths < DEATHS
 
-    def may_follow_status(self, status: int) -> bool:
-        if status not in ELSEWHERE:
-            return False
-        if status == 500:
-            self.errors_500 += 1
-        return self.retries < self.max_retries and self.errors_500 < 2
+    def may_follow_status(self, status: int, *, local: bool) -> bool:
+        once = status in ONCE or (status == STALE and not local)
+        if once:
+            self.opinions += 1
+        return (status in ELSEWHERE or (once and self.opinions < 2)) and self.retries < self.max_retries
 
     def leave(self, backend: str, why: DaemonError) -> None:
         """It goes elsewhere now."""
@@ -57,6 +59,8 @@ def outcome_of(status: int) -> Outcome:
     """What an answer's status says about who gave it."""
     if status in (429, 503):
         return Outcome.BUSY
+    if status == STALE:
+        return Outcome.STALE
     return Outcome.FAILED if status >= 500 else Outcome.GOOD
 
 

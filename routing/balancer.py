@@ -151,13 +151,14 @@ class Balancer:
                 track = self._tracks.setdefault(instance_id, Track(instance_id))
         return track
 
-    def note_pick(self, instance_id: str) -> None:
-        """A lease on an instance was taken."""
+    def note_pick(self, instance_id: str) -> bool:
+        """A lease on an instance was taken.  True: its outcome decides about the circuit breaker, and must be told."""
         with self._lock:
             self._picks += 1
             track = self._tracks.setdefault(instance_id, Track(instance_id))
             track.picked = self._picks
             track.circuit = track.circuit.entered()
+            return track.circuit.probing
 
     def note_outcome(self, backend: str | RemoteLease, outcome: Outcome, retry_after_s: float | None = None) -> None:
         """What a request said about its backend: an instance's id, or the lease on a server."""
@@ -167,7 +168,7 @@ class Balancer:
         now = self._clock()
         with self._lock:
             track = self._tracks.setdefault(backend, Track(backend))
-            if outcome is Outcome.GOOD:
+            if outcome in (Outcome.GOOD, Outcome.STALE):
                 track.circuit, track.busy_until = CLOSED, 0.0
             elif outcome is Outcome.BUSY:
                 track.busy_until = now + min(BUSY_S if retry_after_s is None else retry_after_s, BUSY_LIMIT_S)

@@ -162,7 +162,7 @@ class Checker:
         count = 0
         while (origin := self._fleet.origin(url)) is not None and (health := self._fleet.health(url)):
             interval_s = self._fleet.config.health_check_interval_s
-            with_models = count % MODELS_EVERY == 0 or health.status is not Status.UP
+            with_models = count % MODELS_EVERY == 0 or health.status is not Status.UP or hurry.is_set()
             check = await self._check(origin, check_limit_s(interval_s), with_models)
             self._fleet.note_check(url, check)
             count += 1

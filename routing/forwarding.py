@@ -6,6 +6,7 @@ Whoever fails here gives the lease back; whoever succeeds passes it on with what
 from __future__ import annotations
 
 import socket
+import ssl
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -133,8 +134,9 @@ class Forwarder:
     def relayed(self, sent: Outgoing, response: Answer, exchange: Exchange, lease: Lease,
                 watched: Watched, on_first: OnFirst | None, idle_timeout_s: float | None) -> bool:
         """Whether a relay process has taken the stream over.  Releases what is held if that fails."""
-        if self._relays is None or not sent.relayed or not may_be_taken_over(sent.method, sent.protocol, response):
-            return False
+        if self._relays is None or not sent.relayed or isinstance(exchange.socket, ssl.SSLSocket) \
+                or not may_be_taken_over(sent.method, sent.protocol, response):
+            return False        # a TLS session cannot be handed over
         try:
             if take_over(self._relays, sent.client, response, exchange, lease, watched, on_first, idle_timeout_s):
                 return True

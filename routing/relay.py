@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import logging
 import socket
-import ssl
 from collections.abc import Callable, Iterator
 from email.utils import formatdate
 
@@ -129,7 +128,7 @@ def take_over(relays: Relays, client: socket.socket, answer: Answer, exchange: E
     the relay reports the end.
     """
     upstream = exchange.socket
-    if upstream is None or isinstance(upstream, ssl.SSLSocket):     # a session cannot be handed over
+    if upstream is None:
         return False
     if on_first is not None:
         with upstream_errors():

@@ -38,6 +38,7 @@ class Outcome(Enum):
 
     GOOD = "good"
     BUSY = "busy"           # 429, 503: it lives and wants less
+    STALE = "stale"         # 404: it lives, and may have other models than it last said
     FAILED = "failed"       # no answer, a broken one, or a 5xx
     UNKNOWN = "unknown"     # the client left first, say
 
@@ -316,7 +317,7 @@ class Fleet:
         server = lease.server
         now = self._clock()
         with self._lock:
-            if outcome is Outcome.GOOD:
+            if outcome in (Outcome.GOOD, Outcome.STALE):
                 server.answers += 1
                 server.circuit = server.circuit.succeeded()
                 server.busy.pop(lease.model, None)
@@ -330,7 +331,7 @@ class Fleet:
                     log.warning("%s: %d requests in a row failed there; it gets one now and then until one succeeds",
                                 server.url, server.circuit.failures)
             server.refresh()
-        if outcome is Outcome.FAILED:
+        if outcome in (Outcome.FAILED, Outcome.STALE):
             self.on_failure(server.url)
 
     def in_flight(self, url: str) -> int:

@@ -22,10 +22,10 @@ from errors import (
     ShuttingDown,
 )
 from instances.demand import Loadable
-from instances.instance import Candidate, InstanceView, Lease
+from instances.instance import Candidate, InstanceView, Lease, State
 from routing.attempts import Attempts
 from routing.balancer import LOADING, Ask, Balancer
-from routing.remote import RemoteLease
+from routing.remote import Outcome, RemoteLease
 from routing.waiting import Goal
 
 NAMES_TOLD = 20     # models that a message names
@@ -107,7 +107,10 @@ class Ways:
         except ShuttingDown:
             raise
         except DaemonError:
-            return self._manager.candidates(model)
+            candidates = self._manager.candidates(model)
+            if self._balancer.choose(candidates, Ask(model)) is None:
+                raise
+            return candidates
 
     def has_servers(self, model: str) -> bool:
         return any(map(len, self._fleet.pools(model)))
@@ -153,7 +156,8 @@ class Ways:
         if not choice.local:
             return self._fleet.lease(choice.id, way.ask.model)
         lease = self._manager.lease(choice.id)
-        self._balancer.note_pick(choice.id)
+        if self._balancer.note_pick(choice.id):
+            lease.when_released(lambda: self._balancer.note_outcome(choice.id, Outcome.UNKNOWN))
         return lease
 
     def another(self, way: Way, lease: Lease) -> bool:
@@ -173,7 +177,8 @@ class Ways:
         """Nobody can take the request now.  Raises unless an instance will, or its own failure says more."""
         if way.attempts.last is not None:
             raise way.attempts.last
-        if any(one.state in LOADING for one in candidates) or not self.has_servers(way.ask.model):
+        if any(one.state in LOADING or one.state is State.FAILED for one in candidates) \
+                or not self.has_servers(way.ask.model):
             return
         if (wait_s := self._balancer.retry_after_s(way.ask.model)) is not None:
             raise BackendsBusy(f"all that serve {way.goal.what} ask for fewer requests; try again in {wait_s:.0f} s",

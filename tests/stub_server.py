@@ -50,7 +50,12 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(answer)))
+        if server.streams and self.command == "POST":
+            self.send_header("Transfer-Encoding", "chunked")
+            self.send_header("Content-Type", "text/event-stream")
+            answer = b"%x\r\n%b\r\n0\r\n\r\n" % (len(answer), answer)
+        else:
+            self.send_header("Content-Length", str(len(answer)))
         self.end_headers()
         if server.cut_after is not None and self.command == "POST":
             self.wfile.write(answer[:server.cut_after])
@@ -87,6 +92,7 @@ class StubServer(socketserver.ThreadingTCPServer):
         self.bodies: dict[str, bytes] = {}
         self.extra: dict[str, str] = {}         # headers of every answer
         self.answers_after_hang = False         # once it is released; else it closes the connection
+        self.streams = False                    # answers of POST requests are event streams
         self.resets = False                     # connections of POST requests
         self.cut_after: int | None = None       # bytes of a POST's answer
         self.running = self.waiting = 0

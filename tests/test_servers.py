@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import ssl
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,9 @@ import pytest
 from tests.daemon import Answer, Daemon
 from tests.stub_server import StubServer
 from tests.support import wait_until
+from tests.test_tls import certificate
+
+__all__ = ["certificate"]     # a fixture
 
 ASK = {"model": "m", "prompt": "x"}
 
@@ -356,3 +360,42 @@ def test_every_answer_has_a_request_id_and_the_log_tells_it(tmp_path: Path, serv
         assert "[mine-" in daemon.log and "goes elsewhere" in daemon.log
         odd = daemon.post("/v1/completions", ASK, {"X-Request-Id": "two words"})
         assert odd.headers["x-request-id"] not in ("", "two words")
+
+
+def test_a_server_that_has_lost_the_model_meanwhile(tmp_path: Path, servers: list[StubServer]) -> None:
+    with daemon_with(tmp_path, servers_toml(servers[:2], interval_s=5)) as daemon:
+        wait_for_servers(daemon, servers[:2])
+        servers[0].statuses["/v1/completions"], servers[0].entries = 404, [{"id": "other"}]
+        assert ask(daemon, 10) == {"b": 10}
+        wait_until(lambda: "other" in listed(daemon))       # it was asked again
+        servers[1].statuses["/v1/completions"] = 404
+        answer = daemon.post("/v1/completions", ASK)
+        assert answer.status == 404 and "fails" in answer.json["error"]["message"]      # its own words
+
+
+def test_a_server_behind_https_serves_through_the_daemon(tmp_path: Path, certificate: Path) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    stream = b"data: {}\n\n" * 3
+    with StubServer("a", tls=context) as server, \
+            daemon_with(tmp_path, servers_toml([server], more=f', tls = {{ ca = "{certificate}" }}')) as daemon:
+        wait_for_servers(daemon, [server])
+        assert ask(daemon, 5) == {"a": 5}
+        server.bodies["/v1/completions"], server.streams = stream, True
+        with daemon.open("POST", "/v1/completions", ASK | {"stream": True}) as response:
+            assert response.read() == stream        # carried by a thread: a relay cannot take it
+        assert daemon.get("/load-stats").json["servers"][0]["in_flight"] == 0
+
+
+@pytest.mark.parametrize("relays", ["0", "1"])
+def test_a_stream_that_falls_silent_is_cut(tmp_path: Path, relays: str) -> None:
+    with Daemon(tmp_path / "d", {"STREAM_IDLE_TIMEOUT": "1", "RELAYS": relays}) as daemon:
+        made = daemon.create("org/m", sim={"tokens_per_s": 0.01})
+        with daemon.open("POST", "/v1/completions", {"model": "org/m", "prompt": "x", "stream": True}) as response:
+            received = b""
+            with pytest.raises((http.client.IncompleteRead, ConnectionResetError)):
+                while piece := response.read1(65536):
+                    received += piece
+                raise AssertionError(f"a good end: {received!r}")
+        assert received.startswith(b"data: ") and b"[DONE]" not in received
+        wait_until(lambda: daemon.instance(made["id"])["in_flight"] == 0)
