@@ -5,6 +5,8 @@
 
 PY := .venv/bin/python
 PYTEST := $(PY) -m pytest
+SIDE_BY_SIDE := -n logical --maxprocesses 8 --dist worksteal
+RANDOM_CASES := tests/test_relay_loop.py tests/test_response_head.py tests/test_framing.py tests/test_demand_histories.py
 
 .DEFAULT_GOAL := help
 .PHONY: help run demo test check e2e slow bench clean
@@ -19,7 +21,7 @@ demo: .venv/run.stamp           ## the same with a simulated engine: up in secon
 	@$(PY) -m scripts.run --demo
 
 test: check                     ## lint, types and the tests that need no engine (under two minutes)
-	$(PYTEST) -n logical --maxprocesses 8 --dist worksteal
+	$(PYTEST) $(SIDE_BY_SIDE)
 
 check: .venv/dev.stamp          ## ruff, mypy, and who may import whom
 	$(PY) -m ruff check .
@@ -30,8 +32,9 @@ e2e: .venv/dev.stamp            ## the tests with real vLLM, which is installed 
 	$(PY) scripts/setup_engine.py
 	$(PYTEST) tests/e2e
 
-slow: .venv/dev.stamp           ## long runs with the simulated engine
-	$(PYTEST) tests/slow
+slow: .venv/dev.stamp           ## thousands of random cases, a soak, a thousand instances, boxes of GPUs (no vLLM)
+	HYPOTHESIS_PROFILE=ci $(PYTEST) $(SIDE_BY_SIDE) --timeout 2400 $(RANDOM_CASES)
+	HYPOTHESIS_PROFILE=ci $(PYTEST) --timeout 2400 tests/slow
 
 bench: .venv/dev.stamp          ## the proxy's speed beside direct access and other proxies
 	$(PY) benchmarks/run.py
