@@ -16,6 +16,7 @@ from .real_daemon import Model, RealDaemon, find_engine, make_bert, make_llama
 ORDER = ("test_loading", "test_cold", "test_sdks", "test_client", "test_crash", "test_idle", "test_stop",
          "test_failures", "test_five_models")
 GUARD_S = 1500      # for one test and what it needs
+COMMENTS_SOON = {"routing.commented.AFTER_S": 1.0, "routing.commented.EVERY_S": 0.5}     # however fast a start is
 
 _figures: list[str] = []
 
@@ -59,7 +60,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 @pytest.fixture(scope="session")
 def shared_daemon(engine: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealDaemon]:
-    with RealDaemon(tmp_path_factory.mktemp("daemon"), engine) as running:
+    with RealDaemon(tmp_path_factory.mktemp("daemon"), engine, patch=COMMENTS_SOON) as running:
         yield running
 
 

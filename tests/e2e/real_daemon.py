@@ -72,9 +72,10 @@ def _script(name: str, *arguments: str) -> str:
 class RealDaemon(Daemon):
     """Its engine takes half a minute to start, so tests share one and leave it running, whatever they did to it."""
 
-    def __init__(self, folder: Path, engine: str, env: Mapping[str, str] | None = None) -> None:
+    def __init__(self, folder: Path, engine: str, env: Mapping[str, str] | None = None, *,
+                 patch: Mapping[str, object] | None = None) -> None:
         compiled = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled")}   # kept, and so no leftover of an instance
-        super().__init__(folder, {**ENVIRONMENT, **compiled, **(env or {})}, command=engine)
+        super().__init__(folder, {**ENVIRONMENT, **compiled, **(env or {})}, patch=patch, command=engine)
 
     # --- instances ------------------------------------------------------------------------------------------------
 
@@ -108,8 +109,8 @@ class RealDaemon(Daemon):
         assert found["status"] == "starting", found
         return found
 
-    def wait_gone(self, instance_id: str, timeout_s: float = 60) -> None:
-        wait_until(lambda: self.status_of(instance_id) == "gone", timeout_s)
+    def wait_gone(self, instance_id: str) -> None:
+        wait_until(lambda: self.status_of(instance_id) == "gone")
 
     # --- requests that stay open ----------------------------------------------------------------------------------
 

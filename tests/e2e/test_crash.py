@@ -7,7 +7,7 @@ import http.client
 import json
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -133,20 +133,22 @@ def test_a_killed_server_leaves_no_orphans_and_is_restarted(daemon: RealDaemon, 
     assert_restarted(daemon, models.third, third, held)
 
 
-@pytest.fixture
-def short_probes(daemon: RealDaemon) -> Any:
-    """Probes that find a hang in seconds, as long as a test needs them: a busy machine is slow to answer, too."""
+@contextlib.contextmanager
+def short_probes(daemon: RealDaemon) -> Iterator[None]:
+    """Probes that find a hang in seconds, no longer than they are needed: a busy machine is slow to answer, too."""
     path = daemon.folder / ".env"
     path.write_text("PROBE_INTERVAL=2\nPROBE_TIMEOUT=5\n")
     assert set(daemon.post("/admin/reload").json["changed"]) == {"probe_interval_s", "probe_timeout_s"}
-    yield
-    path.unlink(missing_ok=True)
-    daemon.post("/admin/reload")
+    try:
+        yield
+    finally:
+        path.unlink()
+        daemon.post("/admin/reload")
 
 
 @pytest.mark.parametrize("with_requests", [True, False])
-def test_a_hung_engine_is_found_and_restarted(daemon: RealDaemon, models: Models, short_probes: None,
-                                              with_requests: bool, note: Callable[[str], None]) -> None:
+def test_a_hung_engine_is_found_and_restarted(daemon: RealDaemon, models: Models, with_requests: bool,
+                                              note: Callable[[str], None]) -> None:
     (tiny,) = daemon.ready(models.tiny)
     held = Footprint.of(daemon, tiny)
     with contextlib.ExitStack() as stack:
@@ -154,11 +156,10 @@ def test_a_hung_engine_is_found_and_restarted(daemon: RealDaemon, models: Models
         began = time.monotonic()
         kill(daemon.process_named(tiny, "EngineCore"), signal.SIGSTOP)
         assert daemon.call("GET", "/health", port=tiny["port"]).status == 200      # its health knows nothing of it
-        wait_until(lambda: daemon.instance(tiny["id"])["status"] != "ready")
+        with short_probes(daemon):
+            wait_until(lambda: daemon.instance(tiny["id"])["status"] != "ready")
         note(f"SIGSTOP of EngineCore {'under load' if load else 'idle'}: found after {time.monotonic() - began:.1f} s")
         assert daemon.instance(tiny["id"])["last_error"]["code"] == "engine_hung"
-        (daemon.folder / ".env").unlink()
-        daemon.post("/admin/reload")
         if load is not None:
             load.assert_all_were_told("engine_hung")
     assert_restarted(daemon, models.tiny, tiny, held)
