@@ -86,6 +86,7 @@ class Load:
 def test_a_killed_daemon_finds_its_instances_again(daemon: RealDaemon, models: Models,
                                                    note: Callable[[str], None]) -> None:
     tiny, bert = daemon.ready(models.tiny, models.bert)
+    daemon.remove(daemon.begin(models.third)["id"])     # an earlier test may have left it ready
     loading = daemon.wait_loading(daemon.begin(models.third)["id"], 3)
     daemon.kill()
     assert set(daemon.engine_sessions()) == {tiny["pid"], bert["pid"], loading["pid"]}

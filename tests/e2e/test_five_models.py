@@ -107,13 +107,14 @@ def test_five_models_answer_in_turn_where_two_have_room(world: RealDaemon, loads
 
 def test_a_sleeper_answers_sooner_than_a_cold_start(world: RealDaemon, loads: dict[str, float],
                                                     note: Callable[[str], None]) -> None:
-    one = resident(world)[NAMES[0]]
+    name = NAMES[-1]
+    one = resident(world)[name]
     answer = world.post(f"/instances/{one['id']}/sleep")
     assert answer.status in (200, 202), answer
     wait_until(lambda: world.status_of(one["id"]) == "sleeping", LOAD_S)
-    wake_s = ask(world, NAMES[0])
+    wake_s = ask(world, name)
     assert world.instance(one["id"])["pid"] == one["pid"] and world.status_of(one["id"]) == "ready"
     assert wake_s < min(loads.values()) / 2
-    warm_s = ask(world, NAMES[0])
+    warm_s = ask(world, name)
     note(f"asleep: answered after {wake_s:.2f} s (awake: {warm_s:.2f} s; not loaded: {min(loads.values()):.1f} s at "
          "the best)")
