@@ -96,9 +96,9 @@ class OnTerminal:
             assert self._read(deadline), f"{words!r} never came:\n{self.text}"
         self._seen = self.text.index(words, start) + len(words)
 
-    def wait(self) -> int:
+    def wait(self, guard_s: float = HANG_S) -> int:
         """Its exit code, everything being read."""
-        deadline = time.monotonic() + HANG_S
+        deadline = time.monotonic() + guard_s
         while self._read(deadline):
             pass
         return self._process.wait(HANG_S)

@@ -33,7 +33,7 @@ def test_the_command_loads_and_shows_how_far_it_is(daemon: RealDaemon, models: M
     params = [word for name, value in {"served_model_name": models.third.alias, **models.third.params}.items()
               for word in ("-p", f"{name}={value if isinstance(value, str) else json.dumps(value)}")]
     with OnTerminal(daemon, "load", str(models.third.folder), *params) as terminal:
-        assert terminal.wait() == 0
+        assert terminal.wait(LOAD_S) == 0
     assert "loading weights" in terminal.text and "ready" in terminal.text, terminal.text
 
 
