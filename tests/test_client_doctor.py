@@ -160,7 +160,11 @@ def test_run_on_a_terminal_shows_the_monitor_and_its_end_is_the_daemons(tmp_path
         with Tmux([*ARGV, "run", "--port", "1", "--host", "192.0.2.1"], env, cwd=tmp_path) as screen:
             screen.wait_for("cannot listen", "exit=1")
         with Tmux([*ARGV, "run", "--console", "--host", "127.0.0.1", "--port", "0"], env, cwd=tmp_path) as screen:
-            screen.wait_for("listens on")
+            screen.wait_for("listens on", "SIMULATED")
+            address = re.search(r"listens on (http://[\d.:]+)", screen.screen.replace("\n", ""))
+            assert address is not None
+            url = address[1]
+            wait_until(lambda: vllm_server(None, "health", "--url", url).code == 0)     # it listens before it serves
             screen.keys("C-c")
             screen.wait_for("stopped", "exit=0")
         lent.start()
