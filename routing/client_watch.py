@@ -92,9 +92,20 @@ class ClientWatch:
             for fd, _ in self._epoll.poll():
                 if fd == self._wake_read:
                     return
-                with self._lock:
-                    watched = self._watched.get(fd)
-                if watched is not None:
-                    # Between the lock and this call the request may end: its abort then hits a closed exchange,
-                    # which does nothing.
-                    watched.left()
+                self._notice(fd)
+
+    def _notice(self, fd: int) -> None:
+        """There was an event of this descriptor.  It may be an old one: of a client that left and was closed since,
+        whose number the next client has got."""
+        with self._lock:
+            watched = self._watched.get(fd)
+            if watched is None or not _has_ended(fd):
+                return
+        # Between the lock and this call the request may end: its abort then hits a closed exchange, which does nothing.
+        watched.left()
+
+
+def _has_ended(fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLRDHUP)
+    return bool(poll.poll(0))

@@ -120,7 +120,10 @@ def judge(status: int, body: bytes, stream: bool) -> tuple[str, str]:
         return ("good", "") if body.endswith(b"data: [DONE]\n\n") else ("unexplained", repr(body[-200:]))
     if status == 200:
         return "good", str(json.loads(body)["choices"][0]["text"])
-    error = json.loads(body)["error"]
+    try:
+        error = json.loads(body)["error"]
+    except ValueError:
+        return "unexplained", f"{status} {body!r}"
     if status in (500, 502, 503) and (error["code"] in EXPLAINED or error["code"] in (500, 503)):
         return "told", ""
     return "unexplained", f"{status} {error}"
