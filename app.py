@@ -31,8 +31,9 @@ from instances.resources import is_simulated
 from instances.store import StateDir
 from router import Router
 from routing import request_id
+from routing.observed import ABOUT
 from routing.upstream import ClientLeft
-from web import admin, auth, metrics, models
+from web import admin, auth, live, metrics, models
 from web.audit import AuditLog
 from web.reloader import EVERY_S, Reloader
 from web.server import Server
@@ -53,6 +54,7 @@ class Deps:
     router: Router
     reloader: Reloader
     audit: AuditLog
+    live: live.Live
 
 
 def create_app(deps: Deps) -> Flask:
@@ -62,7 +64,7 @@ def create_app(deps: Deps) -> Flask:
     app.json.sort_keys = False  # type: ignore[attr-defined]
     about = {"version": VERSION, "simulated": is_simulated(deps.manager.settings.command)}
     app.extensions.update(manager=deps.manager, router=deps.router, reloader=deps.reloader,
-                          audit=deps.audit,
+                          audit=deps.audit, live=deps.live,
                           about=about, metrics=metrics.registry_of(deps.manager, deps.router, about))
     app.before_request(lambda: metrics.begin(request))
     app.before_request(lambda: request_id.adopt(request.headers.get(request_id.HEADER)))
@@ -72,6 +74,7 @@ def create_app(deps: Deps) -> Flask:
     app.after_request(lambda response: _audited(deps.audit, response))
     app.register_blueprint(admin.blueprint)
     app.register_blueprint(models.blueprint)
+    app.register_blueprint(live.blueprint)
     app.register_blueprint(metrics.blueprint)
     app.register_blueprint(data_plane.blueprint)
     app.register_error_handler(Exception, _answer_error)
@@ -91,10 +94,14 @@ def _audited(audit: AuditLog, response: Response) -> Response:
 def _answer_error(error: Exception) -> Response:
     """The one way from an exception to an answer."""
     if isinstance(error, ClientLeft):
+        if (about := request.environ.get(ABOUT)) is not None:
+            about.code = "client_left"
         return Response(status=CLIENT_CLOSED_REQUEST)
     if isinstance(error, RequestRedirect):      # a slash is missing at the end
         return Response(status=error.code, headers={"Location": error.new_url})
     ours = _translated(error)
+    if (about := request.environ.get(ABOUT)) is not None:
+        about.code = ours.code
     response = jsonify(ours.envelope())
     response.status_code = ours.status
     if ours.retry_after_s is not None:
@@ -129,16 +136,23 @@ class Daemon:
         self.reloader = Reloader(lambda: read_settings(arguments), self.manager, watch, self.router.use)
         self._config_watch = Loop(name="config-watch", tick=self.reloader.tick, interval_s=EVERY_S)
         self.audit = AuditLog(state_dir.path / "audit.log")
+        self.live = live.Live(self.router, simulated=is_simulated(settings.command))
 
     def service(self) -> Service:
-        app = create_app(Deps(self.manager, self.router, self.reloader, self.audit))
+        app = create_app(Deps(self.manager, self.router, self.reloader, self.audit, self.live))
         return Service(wsgi=app, start=self.start, stop=self.stop, reload=self.reloader.try_reload,
-                       streams=self.router.streams, waiting=self.manager.waiting, close_door=self.manager.close_door)
+                       streams=lambda: self.router.streams() + self.live.feed.count(), waiting=self.manager.waiting,
+                       close_door=self.close_door)
 
     def start(self) -> None:
         self.router.start()
+        self.live.start()
         self.manager.start()
         self._config_watch.start()
+
+    def close_door(self) -> None:
+        self.manager.close_door()
+        self.live.close()
 
     def stop(self, hurry: Any, alive: Any) -> None:
         self._config_watch.stop()

@@ -10,7 +10,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import orjson
@@ -237,7 +237,7 @@ class Router:
                 else:
                     if answer is not None:
                         about.backend, about.status = _name_of(lease), answer[1]
-                        lease.when_released(self.observed.end_of(about, time.monotonic))
+                        lease.when_released(self.observed.end_of(about, time.monotonic, partial(_cut_by, lease)))
                         return answer[0]
             raise UpstreamError(f"{way.goal.what} takes no connections although it should be ready; try again later")
         except BaseException as error:
@@ -273,12 +273,17 @@ class Router:
         plain = sent._replace(headers={name: value for name, value in sent.headers.items()
                                        if name.lower() != "accept-encoding"} | {"Accept-Encoding": "identity"})
 
+        leases: list[Lease] = []
+        ended = self.observed.end_of(about, time.monotonic, lambda: _cut_by(leases[0]) if leases else stream.failed)
+
         def open_stream(lease: Lease) -> tuple[Answer, RelayStream]:
             exchange, upstream = self._forwarder.send(plain, lease, watched, max(0.05, self.ways.left_s(way, lease)))
-            lease.when_released(self.observed.end_of(about, time.monotonic))
+            about.backend = _name_of(lease)
+            leases.append(lease)
+            lease.when_released(ended)
             return upstream, RelayStream(upstream, exchange, lease, watched, _first_piece(with_id, lease))
 
-        stream = commented.CommentedStream(waiter, open_stream, watched, path)
+        stream = commented.CommentedStream(waiter, open_stream, watched, path, ended)
         return EngineResponse(stream, status=200, headers=commented.HEADERS, direct_passthrough=True)
 
     def _upgrade(self, incoming: Request, path: str, way: Way) -> Response:
@@ -335,6 +340,11 @@ class Router:
 def _name_of(lease: Lease) -> str:
     """Of its backend, for people and labels."""
     return lease.server.config.name if isinstance(lease, RemoteLease) else lease.instance_id
+
+
+def _cut_by(lease: Lease) -> str | None:
+    """The code of the error that cut its request."""
+    return None if lease.cut_error is None else lease.cut_error.code
 
 
 def _first_piece(with_id: Callable[[bytes, str], None] | None, lease: Lease) -> Callable[[bytes], None] | None:

@@ -40,6 +40,8 @@ class Registry:
         self._counters: Counter[str] = Counter()
         self._seconds: dict[str, tuple[int, float]] = {}    # what took how often how long, all together
         self._lines: dict[str, dict[object, float]] = {}    # model name -> who waits for it, and since when
+        self.on_state: Callable[[Instance, State | None], None] | None = None
+        """Told of each new state and the one before, under the lock: it must neither block nor raise."""
 
     # --- readers --------------------------------------------------------------------------------------------------
 
@@ -383,11 +385,17 @@ class Registry:
         instance.on_change = self._on_change
         self._instances[instance.id] = instance
         self._index()
+        self._tell(instance, None)
         self._changed.notify_all()
 
     def _on_change(self, instance: Instance, old: State) -> None:
         self._stir(instance)
+        self._tell(instance, old)
         self._changed.notify_all()
+
+    def _tell(self, instance: Instance, old: State | None) -> None:
+        if self.on_state is not None:
+            self.on_state(instance, old)
 
     def _stir(self, instance: Instance) -> None:
         """Its keeper has something to do now."""

@@ -43,10 +43,14 @@ Open = Callable[[Lease], tuple[Answer, RelayStream]]
 class CommentedStream:
     """The body as WSGI iterates over it.  It owns the waiter, the watch over the client, and the engine's stream.
 
-    `open_stream` sends the request and reads the head of the answer; it releases the lease if that fails.
+    `open_stream` sends the request and reads the head of the answer; it releases the lease if that fails.  `ended` is
+    called at the end, however it comes; `failed` is the code of an error that was told in place of an answer.
     """
 
-    def __init__(self, waiter: Waiter, open_stream: Open, watched: Watched, path: str) -> None:
+    def __init__(self, waiter: Waiter, open_stream: Open, watched: Watched, path: str,
+                 ended: Callable[[], None] = lambda: None) -> None:
+        self.failed: str | None = None
+        self._ended = ended
         self._waiter = waiter
         self._open = open_stream
         self._watched = watched
@@ -63,6 +67,7 @@ class CommentedStream:
         self._waiter.close()
         if self._stream is not None:
             self._stream.close()
+        self._ended()
 
     def _tell(self) -> Iterator[bytes]:
         try:
@@ -73,6 +78,7 @@ class CommentedStream:
             raise ConnectionResetError(errno.ECONNRESET, "the client has left") from None
         except DaemonError as error:
             log.warning("a stream for %s ends before it began: %s", self._waiter.what, error.message)
+            self.failed = error.code
             yield self._last_event(error.envelope())
 
     def _answer(self) -> Iterator[bytes]:

@@ -50,6 +50,36 @@ def gauges(page: bytes) -> Gauges | None:
     return Gauges(sums[b"num_requests_running"], sums.get(b"num_requests_waiting", 0.0), usage)
 
 
+_COUNTERS = re.compile(rb"^vllm:(generation_tokens_total|prompt_tokens_total|time_to_first_token_seconds_sum|"
+                       rb"time_to_first_token_seconds_count)(?:\{[^\n]*\})? ([^\s]+)", re.MULTILINE)
+
+
+class Totals(NamedTuple):
+    """Since the engine began, summed over the engines and models of one server."""
+
+    generated_tokens: float
+    prompt_tokens: float
+    first_tokens: float         # of how many requests
+    first_tokens_s: float       # how long they took, all together
+
+
+def totals(page: bytes) -> Totals | None:
+    """None when it is no vLLM server's page."""
+    sums: dict[bytes, float] = {}
+    for name, text in _COUNTERS.findall(page):
+        try:
+            value = float(text)
+        except ValueError:
+            return None
+        if math.isfinite(value) and value >= 0:
+            sums[name] = sums.get(name, 0.0) + value
+    if b"generation_tokens_total" not in sums and b"prompt_tokens_total" not in sums:
+        return None
+    return Totals(sums.get(b"generation_tokens_total", 0.0), sums.get(b"prompt_tokens_total", 0.0),
+                  sums.get(b"time_to_first_token_seconds_count", 0.0),
+                  sums.get(b"time_to_first_token_seconds_sum", 0.0))
+
+
 class Offered(NamedTuple):
     """A model that a server lists.  `path`: the vllm-servers between here and the engine, the nearest first."""
 

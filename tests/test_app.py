@@ -22,6 +22,7 @@ from instances.instance import InstanceSpec, InstanceView, Problem, State
 from instances.resources import is_simulated
 from routing.remote import Fleet
 from routing.upstream import ClientLeft
+from web.live import Live
 from web.reloader import Reloaded
 from web.shown import hide_secrets
 
@@ -88,7 +89,8 @@ def client_of(manager: FakeManager, reload: Callable[[], Reloaded] | None = None
     router = cast(Any, SimpleNamespace(manager=manager, watch=None, fleet=Fleet(), started_at=7))
     audit = cast(Any, SimpleNamespace(note=lambda *_: None))
     reloader = cast(Any, SimpleNamespace(reload=reload, problem=None))
-    return create_app(Deps(cast(Any, manager), router, reloader, audit)).test_client()
+    watched = Live(router, simulated=is_simulated(manager.settings.command))
+    return create_app(Deps(cast(Any, manager), router, reloader, audit, watched)).test_client()
 
 
 def error_of(answer: TestResponse) -> dict[str, Any]:
@@ -232,6 +234,8 @@ def test_an_instance_as_people_see_it(client: FlaskClient) -> None:
         "params": {"hf_token": "***"}, "flags": {"dtype": "auto", "hf_token": "***"}, "env": ["DB_PASSWORT"],
         "sleep": 1, "asleep": None, "stop_after": 60.0, "priority": 3, "pinned": True, "configured_as": "alias",
         "timeout": 600.0, "expires_in": 599.0, "in_flight": 1,
+        "load": {"tokens_per_s": 0.0, "prompt_tokens_per_s": 0.0, "requests_per_s": 0.0, "ttft_s": None, "in_flight": 0,
+                 "waiting": 0.0, "cache_usage": None},
         "created": 1000, "last_used": 1001, "restarts": 2, "retry_in": None, "engine": {}, "simulated": False,
         "last_error": {"code": "engine_died", "message": "it died", "detail": "a line",
                        "suggestion": {"max_model_len": 8}}}

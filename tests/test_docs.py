@@ -83,7 +83,7 @@ def routes() -> set[str]:
     """`METHOD /path` of everything that the daemon serves."""
     manager = MagicMock()
     manager.settings.command = ("vllm",)
-    served = app.create_app(app.Deps(manager, MagicMock(), None, MagicMock()))
+    served = app.create_app(app.Deps(manager, MagicMock(), None, MagicMock(), MagicMock()))
     found: dict[str, set[str]] = {}
     for rule in served.url_map.iter_rules():
         if not rule.defaults:       # else it is another one without its end

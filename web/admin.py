@@ -15,9 +15,10 @@ from instances import unsafe_flags
 from instances.flags import merge_flags
 from instances.instance import InstanceView, State
 from instances.log_tail import follow, last_lines
-from web import asked, bodies, shown
+from web import asked, bodies
 from web.asked import manager
 from web.audit import LISTED, AuditLog
+from web.live import live
 from web.reloader import Reloader
 
 blueprint = Blueprint("admin", __name__)
@@ -27,7 +28,7 @@ TAIL_MOST = 100_000
 
 
 def instance_json(view: InstanceView) -> dict[str, Any]:
-    return shown.instance_json(view, simulated=current_app.extensions["about"]["simulated"])
+    return live().instance_json(view)
 
 
 @blueprint.get("/instances")

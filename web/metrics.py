@@ -23,15 +23,19 @@ from prometheus_client.registry import Collector
 from instance_manager import InstanceManager
 from instances.instance import Candidate, InstanceView, State
 from router import Router
+from routing import request_id
 from routing.health import Status
 from routing.observed import ABOUT, About, Histogram
 from routing.remote import Origin, ServerView
-from web import asked
+from web import asked, auth
 from web.exposition import merged
+from web.figures import Figures, shown
+from web.live import live
 
 blueprint = Blueprint("metrics", __name__)
 
 PREFIX = "vllm_server_"
+PATH_SHOWN = 200        # characters, in the list of requests
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 ENGINES_S = 5.0         # for all engines' pages together; who takes longer is not on the page
 COUNTED = {
@@ -51,7 +55,9 @@ COUNTED = {
 def load_stats() -> Response:
     router = asked.router()
     router.checker.refresh()
-    servers = [_instance_load(router, view) for view in router.manager.snapshot() if view.state is not State.STOPPED]
+    ring = live().ring
+    servers = [_instance_load(router, view) | _rates(ring.latest(view.id)) for view in router.manager.snapshot()
+               if view.state is not State.STOPPED]
     servers += [_server_load(view) for view in router.fleet.views()]
     return jsonify(servers=servers, summary=summary(servers), policy=router.manager.settings.routing_policy)
 
@@ -109,6 +115,11 @@ def _instance_load(router: Router, view: InstanceView) -> dict[str, Any]:
         updated_at=time.time() - (time.monotonic() - reading.at) if reading else None)
 
 
+def _rates(figures: Figures) -> dict[str, Any]:
+    found = shown(figures)
+    return {name: found[name] for name in ("tokens_per_s", "prompt_tokens_per_s", "requests_per_s", "ttft_s")}
+
+
 def _server_load(view: ServerView) -> dict[str, Any]:
     return _load(
         id=view.name, kind="server", url=view.url, health="leaving" if view.leaving else str(view.status), why=view.why,
@@ -152,6 +163,9 @@ def count(router: Router, incoming: Request, response: Response) -> Response:
     """The answer to a data request; its head goes out now."""
     about: About | None = incoming.environ.get(ABOUT)
     if about is not None and incoming.blueprint == "router":
+        key = auth.caller(incoming)
+        about.key = None if key is None else key.name
+        about.path, about.request_id = incoming.path[:PATH_SHOWN], request_id.current()
         router.observed.answered(about, about.status or response.status_code, time.monotonic())
     return response
 
