@@ -69,10 +69,12 @@ class Settings:
     threads: int
     keepalive_s: int
     max_connections: int
+    backlog: int                             # requests that wait for a thread
     relays: int
     log_level: str
     access_log: bool
     max_request_bytes: int
+    body_memory_bytes: int                   # of all large request bodies at one time
     request_queue_timeout_s: float | None    # None: the start deadline of the instance
     request_timeout_s: float
     base_port: int
@@ -155,6 +157,9 @@ def _values(layers: tuple[Layer, ...], cwd: Path, home: Path) -> dict[str, Any]:
     if values["base_port"] + values["max_instances"] > 65536:
         raise ConfigError(where("VLLM_BASE_PORT", layers), f"{values['max_instances']} instances from port "
                           f"{values['base_port']} upward do not fit below 65536; lower it or VLLM_MAX_INSTANCES")
+    if values["body_memory_bytes"] < values["max_request_bytes"]:
+        raise ConfigError(where("MAX_BODY_MEMORY", layers), "MAX_BODY_MEMORY must not be less than MAX_REQUEST_BYTES: "
+                          "the largest request could never be taken")
     return values
 
 

@@ -109,6 +109,12 @@ class QueueFull(ManagerError):
     code = "queue_full"
 
 
+class Overloaded(ManagerError):
+    """Of connections, requests or their bodies there are as many as there may be."""
+
+    code = "overloaded"
+
+
 class NoFreePort(ManagerError):
     code = "no_free_port"
 

@@ -12,9 +12,10 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
-from errors import BadRequest, DaemonError, TooLarge
+from errors import BadRequest, DaemonError, Overloaded, TooLarge
 
 KEPT_BYTES = 1 << 25
+HELD_BYTES = 1 << 31            # all large bodies that are here at one time, unless a setting says otherwise
 ROUND_BYTES = 1 << 20
 LARGE_BODY_BYTES = 1 << 16      # from here on a body is received into its place, not appended piece by piece
 MAX_HEAD_BYTES = 1 << 17        # past gunicorn's own limits, so that its 431 says what is too large
@@ -25,6 +26,7 @@ _CHUNKED = re.compile(rb"\r\ntransfer-encoding:[^\r\n]*chunked[ \t]*\r\n", re.IG
 _EXPECT = re.compile(rb"\r\nexpect:[ \t]*100-continue[ \t]*\r\n", re.IGNORECASE)
 _SIZE = re.compile(rb"([0-9a-fA-F]{1,15})[ \t]*(?:;[^\r\n]*)?\r\n")
 MAX_SIZE_LINE = 4096
+MAX_PATH = 1024                 # a longer one is none that the server has threads of its own for
 
 
 @dataclass(frozen=True)
@@ -36,23 +38,53 @@ class Taken:
     whole: bool
     refusal: DaemonError | None = None      # what is wrong with the body
     place: bytearray | None = None  # a buffer to give back when the request is done
+    held_bytes: int = 0             # of what all large bodies may take together; to give back likewise
 
 
 class Buffers:
     """Places for large bodies, used again: fresh memory costs a page fault every 4 KiB, a fifth of such a request.
 
-    Keeps at most `KEPT_BYTES`.  Any thread may call it.
+    Keeps at most `KEPT_BYTES`.  It also counts what all large bodies take, from their first bytes to the end of their
+    requests: at most `most_bytes`.  Any thread may call it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most_bytes: int = HELD_BYTES) -> None:
         self._free: list[bytearray] = []
+        self._most_bytes = most_bytes
+        self._held_bytes = 0
         self._lock = threading.Lock()
+
+    def hold(self, size: int) -> bool:
+        """Whether there is room for so many bytes more; they then count until `release`."""
+        with self._lock:
+            if self._held_bytes + size > self._most_bytes:
+                return False
+            self._held_bytes += size
+        return True
+
+    def release(self, size: int) -> None:
+        with self._lock:
+            self._held_bytes -= size
+
+    def done(self, taken: Taken) -> None:
+        """With the request; nobody looks at its body any more."""
+        if taken.held_bytes:
+            self.release(taken.held_bytes)
+        if taken.place is not None:
+            self.give_back(taken.place)
 
     def take(self, size: int) -> bytearray:
         """One of `size` bytes, with whatever stood there before."""
-        buffer = self._find(size)
-        if buffer is None:
-            buffer = bytearray(-(-size // ROUND_BYTES) * ROUND_BYTES)
+        if (kept := self.take_kept(size)) is not None:
+            return kept
+        buffer = bytearray(-(-size // ROUND_BYTES) * ROUND_BYTES)
+        del buffer[size:]
+        return buffer
+
+    def take_kept(self, size: int) -> bytearray | None:
+        """One that was used before, if there is one of about that size."""
+        if (buffer := self._find(size)) is None:
+            return None
         # Within what it has allocated, a bytearray changes its size in place.
         if len(buffer) < size:
             buffer += bytes(size - len(buffer))
@@ -96,6 +128,7 @@ class Intake:
         self._refusal: DaemonError | None = None
         self._place: bytearray | None = None    # a large body's
         self._filled = 0                        # bytes of it that are there
+        self._held = 0                          # bytes that this body counts for among all
         self._ready = False
         self.wants_continue = False
 
@@ -113,9 +146,27 @@ class Intake:
         self._buffer += data
         return self.ready()
 
+    @property
+    def refused(self) -> bool:
+        """Whether it is known already that this body will not be taken."""
+        return self._refusal is not None
+
+    @property
+    def has_room(self) -> bool:
+        """Whether more of a large body is to be received into its place."""
+        return self._place is not None and not self._ready
+
     def room(self) -> memoryview | None:
-        """Where the rest of a large body is to be received to; `filled` then says how much came."""
-        return memoryview(self._place)[self._filled:] if self._place is not None and not self._ready else None
+        """Where the rest of a large body is to be received to; `filled` then says how much came.
+
+        The place grows as it fills, for a length is only a promise; so the view must be released before the next call.
+        """
+        if self._place is None or self._ready:
+            return None
+        if self._filled == len(self._place) and not self._grow():
+            self._ready = True
+            return None
+        return memoryview(self._place)[self._filled:]
 
     def filled(self, count: int) -> bool:
         """As `feed`, for `count` bytes that were received into `room`."""
@@ -144,12 +195,23 @@ class Intake:
             self._refusal = TooLarge(f"the body is larger than MAX_REQUEST_BYTES ({self._max}) allows")
         if not self._head_end or self._refusal is not None:
             head = bytes(self._buffer[:self._head_end or None])
-            taken = Taken(head, b"", whole=False, refusal=self._refusal, place=self._place)
+            taken = Taken(head, b"", whole=False, refusal=self._refusal, place=self._place, held_bytes=self._held)
             self._buffer.clear()
         else:
-            taken = Taken(*self._head_and_body(), whole=True, place=self._place)
+            taken = Taken(*self._head_and_body(), whole=True, place=self._place, held_bytes=self._held)
         self._start()
         return taken
+
+    def abandon(self) -> None:
+        """The client has left: nothing of a body counts any more."""
+        self._buffers.release(self._held)
+        self._held = 0
+
+    @property
+    def path(self) -> bytes:
+        """Of the request, once it is ready, as its client spelled it, without the query; empty where it has none."""
+        words = bytes(self._buffer[:MAX_PATH]).split(b" ", 2)
+        return words[1].partition(b"?")[0] if len(words) == 3 else b""
 
     def _head_and_body(self) -> tuple[bytes, bytes | bytearray]:
         """Of a whole request; what follows it stays in the buffer."""
@@ -182,13 +244,39 @@ class Intake:
         return True
 
     def _make_room(self) -> None:
-        self._place = self._buffers.take(self._length)
+        kept = self._buffers.take_kept(self._length)
+        first = self._length if kept is not None else min(self._length, max(ROUND_BYTES, len(self._buffer)))
+        if not self._hold(first):
+            return
+        self._place = kept if kept is not None else self._buffers.take(first)
         self._filled = len(self._buffer) - self._head_end
         with memoryview(self._buffer) as view:
             self._place[:self._filled] = view[self._head_end:]
         del self._buffer[self._head_end:]
 
+    def _grow(self) -> bool:
+        """Make the full place larger; False: there is no room for it."""
+        assert self._place is not None
+        size = min(self._length, 2 * len(self._place))
+        if not self._hold(size):
+            return False
+        self._place *= 2        # in place, and without a second buffer to copy from
+        del self._place[size:]
+        return True
+
+    def _hold(self, size: int) -> bool:
+        """Count this body as `size` bytes; False, with a refusal: all together would be too many."""
+        if size > self._held:
+            if not self._buffers.hold(size - self._held):
+                self._refusal = Overloaded("the server holds as many bytes of requests as it may (MAX_BODY_MEMORY); "
+                                           "ask again in a moment", retry_after_s=1)
+                return False
+            self._held = size
+        return True
+
     def _body_is_there(self) -> bool:
+        if self._refusal is not None:
+            return True
         if self._chunked:
             return self._decode()
         if self._place is not None:
@@ -211,6 +299,9 @@ class Intake:
             end = line.end() + size
             if size > self._max:
                 self._decoded_bytes = size
+                return True
+            pending = self._decoded_bytes + len(self._buffer) - self._head_end
+            if pending > LARGE_BODY_BYTES and not self._hold(-(-pending // ROUND_BYTES) * ROUND_BYTES):
                 return True
             if len(self._buffer) < end + 2:
                 return False

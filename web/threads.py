@@ -7,15 +7,19 @@ added only when requests wait and hardly any was taken up lately: then the threa
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+log = logging.getLogger("vllm_server.http")
+
 Job = TypeVar("Job")
 
 CORE = 16               # threads that are started without looking
 LOOK_S = 0.02           # how often a backlog is looked at
+MOST_WAITING = 4096     # threads beyond the bound, for jobs that only wait
 FEW = 1                 # requests taken up between two looks: no more than this means blocked
 IDLE_S = 30.0           # a thread past the core that had nothing to do for so long ends
 
@@ -29,8 +33,9 @@ class Threads(Generic[Job]):
 
     waiting: Callable[[], int] = staticmethod(lambda: 0)
 
-    def __init__(self, most: int, run: Callable[[Job], None]) -> None:
+    def __init__(self, most: int, run: Callable[[Job], None], *, name: str = "request") -> None:
         self._most = most
+        self._name = name
         self._run = run
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._count = 0
@@ -38,6 +43,7 @@ class Threads(Generic[Job]):
         self._taken = 0         # jobs taken up since the last look
         self._lock = threading.Lock()
         self._looked_at = 0.0
+        self._denied_at = 0     # how many there were when the system granted no more
 
     @property
     def count(self) -> int:
@@ -46,6 +52,13 @@ class Threads(Generic[Job]):
     def backlog(self) -> bool:
         """Whether requests wait for a thread."""
         return self._jobs.qsize() > 0
+
+    def waiting_jobs(self) -> int:
+        return self._jobs.qsize()
+
+    def is_full(self) -> bool:
+        """Whether a job more would wait, and no thread can be added for it."""
+        return self._count >= self._bound() and self._jobs.qsize() >= self._idle
 
     def submit(self, job: Job) -> None:
         """Any thread may call it; `grow` is for one."""
@@ -70,14 +83,24 @@ class Threads(Generic[Job]):
         for _ in range(self._count):
             self._jobs.put(None)
 
+    def _bound(self) -> int:
+        return self._most + min(self.waiting(), MOST_WAITING)
+
     def _start(self) -> None:
-        most = self._most + self.waiting()
+        most = self._bound()
         with self._lock:
             if self._count >= most:
                 return
             self._count += 1
             number = self._count
-        threading.Thread(target=self._work, name=f"request-{number}", daemon=True).start()
+        try:
+            threading.Thread(target=self._work, name=f"{self._name}-{number}", daemon=True).start()
+        except RuntimeError:        # the system grants no more: those that there are go on
+            with self._lock:
+                self._count -= 1
+            if self._denied_at != number:
+                self._denied_at = number
+                log.error("no more than %d threads can be had (ulimit -u, TasksMax= in the unit)", number - 1)
 
     def _work(self) -> None:
         while True:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import logging
 import selectors
 import signal
@@ -22,17 +23,18 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-import orjson
 from gunicorn.arbiter import Arbiter
 from gunicorn.http import errors as http_errors
 from gunicorn.http import get_parser, wsgi
 from gunicorn.workers.gthread import TConn, ThreadWorker
 
 from config import Settings
-from errors import BadRequest, DaemonError
+from errors import DaemonError
 from routing import request_id
+from web import refusals
 from web.intake import CONTINUE, Buffers, Collected, Intake, Taken
-from web.threads import LOOK_S, Threads
+from web.lanes import Lanes, is_reserved
+from web.threads import LOOK_S
 
 log = logging.getLogger("vllm_server.http")
 
@@ -48,9 +50,9 @@ REFUSED_S = 1.0             # without a free descriptor, clients wait in the bac
 LINGER_BYTES = 1 << 20
 CLIENT_GONE = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.EBADF})
 OUT_OF_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
-STATUS_NAMES = {400: "Bad Request", 413: "Content Too Large", 417: "Expectation Failed",
-                431: "Request Header Fields Too Large", 500: "Internal Server Error", 501: "Not Implemented",
-                502: "Bad Gateway", 503: "Service Unavailable", 504: "Gateway Timeout"}
+SPARE = 256                 # connections past the bound, for those who watch and manage; others are told 503 there
+SPARE_IDLE_S = 5.0          # what a client has for its head on one of these
+LOOKED_AT = 32              # parked connections, to find one that idles and can go for a new one
 
 
 @dataclass(eq=False)
@@ -87,6 +89,7 @@ class Connection(TConn):
     def __init__(self, cfg: Any, sock: socket.socket, client: Any, server: Any, intake: Intake) -> None:
         super().__init__(cfg, sock, client, server)
         self.intake = intake
+        self.spare = False      # past the bound: for those who watch and manage
 
 
 class OneWrite(wsgi.Response):
@@ -130,10 +133,12 @@ class Worker(ThreadWorker):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._parked: dict[socket.socket, Parked] = {}
-        self._buffers = Buffers()
+        self._buffers = Buffers(self.settings.body_memory_bytes)
         self._accept_after = 0.0    # monotonic
         self._count_lock = threading.Lock()     # of `nr_conns`
-        self._threads: Threads[Connection] = Threads(self.cfg.threads, self._serve)
+        self._lanes: Lanes[Connection] = Lanes(self.cfg.threads, self.settings.backlog, self._serve,
+                                               lambda connection: connection.intake.path)
+        self._refused = 0           # requests since the last word of them in the log
         self.max_keepalived = self.worker_connections
 
     def get_thread_pool(self) -> None:
@@ -160,7 +165,7 @@ class Worker(ThreadWorker):
     def load_wsgi(self) -> None:
         self.service = self.app.make_service()
         self.wsgi = self.service.wsgi
-        self._threads.waiting = self.service.waiting
+        self._lanes.common.waiting = self.service.waiting
 
     def run(self) -> None:
         try:
@@ -172,8 +177,7 @@ class Worker(ThreadWorker):
         self.set_accept_enabled(True)
         looked_at = 0.0
         while self.alive:
-            can_accept = (self.nr_conns + self.service.streams() < self.worker_connections
-                          and time.monotonic() >= self._accept_after)
+            can_accept = self._free() > -SPARE and time.monotonic() >= self._accept_after
             if can_accept != self._accepting:
                 self.set_accept_enabled(can_accept)
             self._round(1.0)
@@ -181,15 +185,21 @@ class Worker(ThreadWorker):
                 looked_at = now
                 self.notify()       # a system call: not for every event
                 self._close_expired(now)
+                self._tell_refused()
         self._drain()
         self.service.stop(lambda: self.hurry, self.notify)
-        self._threads.shut_down()
+        self._lanes.shut_down()
 
     def _round(self, timeout_s: float) -> None:
-        backlog = self._threads.backlog()
+        backlog = self._lanes.backlog()
         self.wait_for_and_dispatch_events(timeout=LOOK_S if backlog else timeout_s)
         if backlog:
-            self._threads.grow(time.monotonic())
+            self._lanes.grow(time.monotonic())
+
+    def _free(self) -> int:
+        """How many connections more there may be; below zero, so many of the spare ones are taken."""
+        free: int = self.worker_connections - self.nr_conns - self.service.streams()
+        return free
 
     # --- connections ------------------------------------------------------------------------------------------------
 
@@ -208,15 +218,32 @@ class Worker(ThreadWorker):
                 return
             connection = Connection(self.cfg, client, address, listener.getsockname(),
                                     Intake(self.settings.max_request_bytes, self._buffers))
+            connection.spare = self._free() <= 0 and not self._close_idle()
             self._count(1)
             self._receive(connection, parked=None)
-            if self.nr_conns >= self.worker_connections:
+            if self._free() <= -SPARE:
                 return
+
+    def _close_idle(self) -> bool:
+        """Make room for a new client: the one that has asked nothing for longest goes, if one is found at once."""
+        for parked in list(itertools.islice(self._parked.values(), LOOKED_AT)):
+            if parked.on_readable == self._receive and not parked.has_begun:
+                self._unpark(parked.connection)
+                self._close(parked.connection)
+                return True
+        return False
 
     def _receive(self, connection: Connection, parked: Parked | None) -> None:
         """Read what is there; hand the request to a thread once it is whole, else go on waiting for the client."""
         intake = connection.intake
         ready, ended = self._read(connection.sock, intake)
+        if not ended and intake.in_body and connection.spare and not is_reserved(intake.path):
+            connection.spare = self._free() < 0     # others may have gone meanwhile
+            if connection.spare:
+                if parked is not None:
+                    self._unpark(connection)
+                self._refuse(connection, "connections")
+                return
         if ended:
             if parked is not None:
                 self._unpark(connection)
@@ -238,8 +265,11 @@ class Worker(ThreadWorker):
         for _ in range(READS_A_ROUND):
             try:
                 if (room := intake.room()) is not None:
-                    count = sock.recv_into(room)
+                    with room:
+                        count = sock.recv_into(room)
                     ready = intake.filled(count)
+                elif intake.refused:
+                    return True, False
                 else:
                     data = sock.recv(RECEIVE_BYTES)
                     count, ready = len(data), bool(data) and intake.feed(data)
@@ -249,7 +279,7 @@ class Worker(ThreadWorker):
                 return False, True
             if ready or count == 0:
                 return ready, not ready
-            if intake.room() is None:
+            if not intake.has_room:
                 return False, False     # a small request that is not whole: more comes with the next event
         return False, False
 
@@ -261,10 +291,10 @@ class Worker(ThreadWorker):
                 connection.sock.send(CONTINUE)
         now = time.monotonic()
         if parked is None:
-            idle_s = REQUEST_IDLE_S if intake.begun else self.cfg.keepalive
+            idle_s = SPARE_IDLE_S if connection.spare else REQUEST_IDLE_S if intake.begun else self.cfg.keepalive
             self._park(connection, Parked(connection, now + idle_s, self._receive, intake.begun))
             return
-        if intake.in_body or not parked.has_begun:
+        if intake.in_body or not (parked.has_begun or connection.spare):
             parked.deadline = now + REQUEST_IDLE_S     # a head has one deadline for all of it, a body one a piece
         parked.has_begun = intake.begun
 
@@ -290,7 +320,22 @@ class Worker(ThreadWorker):
 
     def _close(self, connection: Connection) -> None:
         self._count(-1)
+        connection.intake.abandon()
         connection.close()
+
+    def _refuse(self, connection: Connection, what: str) -> None:
+        """Tell the client at once that there is too much of it all.  Any thread may call it."""
+        self._refused += 1
+        request_id.begin()
+        self._buffers.done(connection.intake.take())
+        with contextlib.suppress(OSError):
+            connection.sock.send(refusals.answer(refusals.too_many(what)))
+        self._linger(connection)
+
+    def _tell_refused(self) -> None:
+        if (count := self._refused) > 0:
+            self._refused -= count
+            log.warning("overloaded: %d requests were refused with 503 (APP_MAX_CONNECTIONS, APP_BACKLOG)", count)
 
     def _count(self, change: int) -> None:
         with self._count_lock:
@@ -321,7 +366,8 @@ class Worker(ThreadWorker):
             self._close(connection)
 
     def enqueue_req(self, conn: Connection) -> None:
-        self._threads.submit(conn)
+        if not self._lanes.submit(conn):
+            self._refuse(conn, "requests")
 
     # --- one request, on a thread of its own ------------------------------------------------------------------------
 
@@ -329,8 +375,7 @@ class Worker(ThreadWorker):
         request_id.begin()
         taken = conn.intake.take()
         keep = self._answer(conn, taken)
-        if taken.place is not None:
-            self._buffers.give_back(taken.place)
+        self._buffers.done(taken)
         try:
             self._finish(conn, keep)
         except Exception:
@@ -380,7 +425,7 @@ class Worker(ThreadWorker):
         started = datetime.now()
         response, environ = wsgi.create(req, conn.sock, conn.client, conn.server, self.cfg, response_class=OneWrite)
         environ["wsgi.multithread"] = True
-        if not self.alive or not self.cfg.keepalive:
+        if not self.alive or not self.cfg.keepalive or (conn.spare and self._free() < 0):
             response.force_close()
         try:
             pieces = self.wsgi(environ, response.start_response)
@@ -401,21 +446,15 @@ class Worker(ThreadWorker):
 
     def handle_error(self, req: Any, client: socket.socket, addr: Any, exc: BaseException) -> None:
         """A request that could not be parsed, or a bug: one answer in the envelope, then the connection closes."""
-        error, status = DaemonError("the daemon failed; its log says how"), 500
         if isinstance(exc, DaemonError):
-            error, status = exc, exc.status
+            data = refusals.answer(exc)
         elif isinstance(exc, http_errors.ParseException):
-            error = BadRequest(f"the request cannot be read: {exc}", code="invalid_request")
-            status = {http_errors.LimitRequestHeaders: 431, http_errors.UnsupportedTransferCoding: 501,
-                      http_errors.ExpectationFailed: 417}.get(type(exc), 400)
+            data = refusals.unreadable(exc)
         else:
             log.error("a request failed", exc_info=exc)
-        body = orjson.dumps(error.envelope())
-        head = (f"HTTP/1.1 {status} {STATUS_NAMES.get(status, 'Error')}\r\nConnection: close\r\n"
-                f"{request_id.HEADER}: {request_id.current()}\r\n"
-                f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n")
+            data = refusals.answer(DaemonError("the daemon failed; its log says how"))
         with contextlib.suppress(OSError):
-            client.sendall(head.encode() + body)
+            client.sendall(data)
 
     # --- the end --------------------------------------------------------------------------------------------------
 
