@@ -35,6 +35,7 @@ from routing.observed import ABOUT
 from routing.upstream import ClientLeft
 from web import admin, auth, live, metrics, models
 from web.audit import AuditLog
+from web.notify import Notifier
 from web.reloader import EVERY_S, Reloader
 from web.server import Server
 from web.worker import Service
@@ -245,6 +246,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.stdout.write(json.dumps(described(vars(settings)), indent=2) + "\n")
             return
         set_up_logging(settings.log_level)
+        notifier = Notifier.taken_from(os.environ)
         state_dir = StateDir(settings.state_dir)
         state_dir.lock()
     except ConfigError as error:
@@ -254,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_address(settings.host, settings.port)
     raise_file_limit()
     Server(settings, lambda: Daemon(settings, state_dir, arguments, watch).service(),
-           lambda address: banner(settings, address)).run()
+           lambda address: banner(settings, address), notifier).run()
 
 
 if __name__ == "__main__":

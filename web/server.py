@@ -24,6 +24,7 @@ from gunicorn.arbiter import Arbiter
 
 from config import Settings
 from routing import request_id
+from web.notify import Notifier
 from web.worker import Service, Worker, Wsgi
 
 log = logging.getLogger("vllm_server.http")
@@ -46,6 +47,19 @@ class Log(glogging.Logger):
 
 
 class Master(Arbiter):
+    def __init__(self, app: Server) -> None:
+        super().__init__(app)
+        self._notifier = app.notifier
+
+    def handle_usr2(self) -> None:
+        """From the worker: it serves, or has read its settings anew."""
+        self._notifier.ready(f"serves on {_address(self)}")
+
+    def murder_workers(self) -> None:
+        """Once a second."""
+        super().murder_workers()
+        self._notifier.alive(time.monotonic())
+
     def handle_int(self) -> None:
         """Ctrl-C: as graceful as SIGTERM; `stop` looks for the second one."""
         raise StopIteration
@@ -53,15 +67,17 @@ class Master(Arbiter):
     handle_quit = handle_int
 
     def handle_hup(self) -> None:
+        self._notifier.reloading()
         self.kill_workers(signal.SIGHUP)
 
     def handle_ttin(self) -> None:
         """The registry lives in one process: there is never a second worker."""
 
-    handle_ttou = handle_usr2 = handle_winch = handle_ttin
+    handle_ttou = handle_winch = handle_ttin
 
     def stop(self, graceful: bool = True) -> None:
         """Stop the worker: SIGTERM, then SIGQUIT at a second Ctrl-C, SIGKILL only when it is past every deadline."""
+        self._notifier.stopping(self.cfg.graceful_timeout + HURRIED_S)
         sock.close_sockets(self.LISTENERS, not self.systemd)
         self.LISTENERS: list[Any] = []
         limit = time.monotonic() + self.cfg.graceful_timeout
@@ -84,8 +100,9 @@ class Server(BaseApplication):
     """`run()` blocks until the daemon ends and leaves through SystemExit with its exit status."""
 
     def __init__(self, settings: Settings, make_service: Callable[[], Service],
-                 when_listening: Callable[[str], None]) -> None:
+                 when_listening: Callable[[str], None], notifier: Notifier) -> None:
         self._settings = settings
+        self.notifier = notifier
         self.make_service = make_service
         self._when_listening = when_listening
         self._lifeline = os.pipe()
@@ -117,9 +134,7 @@ class Server(BaseApplication):
             listener.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, VANISHED_S)
             listener.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, VANISHED_S // 4)
             listener.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
-        address = master.LISTENERS[0].sock.getsockname()
-        host = f"[{address[0]}]" if ":" in address[0] else address[0]
-        self._when_listening(f"http://{host}:{address[1]}")
+        self._when_listening(_address(master))
 
     def _after_fork(self, server: Master, worker: Worker) -> None:
         """Only the master holds the pipe's other end: when that closes, the master is gone and so are we.
@@ -134,3 +149,8 @@ class Server(BaseApplication):
             os._exit(1)
 
         threading.Thread(target=watch, name="lifeline", daemon=True).start()
+
+
+def _address(master: Master) -> str:
+    host, port = master.LISTENERS[0].sock.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

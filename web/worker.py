@@ -11,6 +11,7 @@ import contextlib
 import errno
 import itertools
 import logging
+import os
 import selectors
 import signal
 import socket
@@ -160,7 +161,17 @@ class Worker(ThreadWorker):
         self.method_queue.defer(lambda: None)
 
     def handle_reload(self, sig: int, frame: Any) -> None:
-        threading.Thread(target=self.service.reload, name="reload", daemon=True).start()
+        threading.Thread(target=self._reload, name="reload", daemon=True).start()
+
+    def _reload(self) -> None:
+        try:
+            self.service.reload()
+        finally:
+            self._tell_master()
+
+    def _tell_master(self) -> None:
+        """That it serves, with the settings as they are now (web/notify.py)."""
+        os.kill(self.ppid, signal.SIGUSR2)
 
     def load_wsgi(self) -> None:
         self.service = self.app.make_service()
@@ -175,6 +186,7 @@ class Worker(ThreadWorker):
             sys.exit(Arbiter.WORKER_BOOT_ERROR)     # the master ends too, instead of trying for ever
         self.poller.register(self.method_queue.fileno(), selectors.EVENT_READ, self.method_queue.run_callbacks)
         self.set_accept_enabled(True)
+        self._tell_master()
         looked_at = 0.0
         while self.alive:
             can_accept = self._free() > -SPARE and time.monotonic() >= self._accept_after
