@@ -297,6 +297,7 @@ class InstanceManager(Demand):
             id=record.id, spec=record.spec, created_at=record.created_at, last_used=now, changed_at=now,
             log_path=str(log_path), port=record.port, devices=record.devices if engine else (),
             restarts=record.restarts, pid=engine.pid if engine else None, wanted_at=now,
+            runs=engine.alive if engine else lambda: False,
             grant=Plan(record.devices, None, record.memory_planned_bytes, record.because) if engine else None,
             memory_planned_bytes=record.memory_planned_bytes if engine else None, because=record.because,
             asleep_level=record.asleep_level if engine else 0,

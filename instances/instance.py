@@ -123,11 +123,16 @@ class Lease:
     `cut` tells the holder that the instance will not let it finish: the callback closes the connection, the
     error says why.  A callback that is registered after the cut runs at once; in a race it may run twice, and never
     not at all.  It must not raise.
+
+    `runs()` after a connection was made says whether it is to the engine: one that died has given up its port, and a
+    stranger may have taken it before anybody noticed.
     """
 
-    def __init__(self, instance_id: str, port: int, release: Callable[[Lease, bool], None]) -> None:
+    def __init__(self, instance_id: str, port: int, release: Callable[[Lease, bool], None],
+                 runs: Callable[[], bool] = lambda: True) -> None:
         self.instance_id = instance_id
         self.port = port
+        self.runs = runs
         self.cut_error: DaemonError | None = None
         self._on_cut: Callable[[], None] | None = None
         self._on_release: list[Callable[[], None]] = []
@@ -224,6 +229,7 @@ class Instance:
     names: tuple[str, ...] = ()         # all that the engine answers to, adapters included
     port: int | None = None
     pid: int | None = None
+    runs: Callable[[], bool] = lambda: True     # whether the process with that pid, which listens on the port, lives
     devices: tuple[int, ...] = ()
     grant: Plan | None = None           # the room that it has or was promised, awake; None: it has none
     evicts: frozenset[str] = frozenset()    # who has to be gone, or asleep, before it may take that room
@@ -278,7 +284,7 @@ class Instance:
         """Caller holds the lock.  Raises NotReady in every state but ready."""
         if self.state is not State.READY or self.port is None:
             raise NotReady(f"instance {self.id} of {self.spec.model} is {self.state}")
-        lease = Lease(self.id, self.port, release)
+        lease = Lease(self.id, self.port, release, self.runs)
         self.leases.add(lease)
         return lease
 

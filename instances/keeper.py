@@ -143,7 +143,7 @@ class Keeper:
             self._fail(problems.of_launch(self._instance.spec.model, error))
             return
         self._served = False
-        self._registry.note_process(self._instance, self._engine.pid)
+        self._registry.note_process(self._instance, self._engine.pid, self._engine.alive)
         self._follow_start(now, self._instance.spec.start_timeout_s)
         prune_logs(Path(self._instance.log_path).parent, LOGS_KEPT, self._registry.log_paths())
 

@@ -101,6 +101,10 @@ class Engine:
             return self._child.poll() is None
         return self._leader.alive()
 
+    def alive(self) -> bool:
+        """The same for any thread: it asks the kernel, and waits for nobody who is just burying it."""
+        return self._leader.alive()
+
     def exit_code(self) -> int | None:
         """None while it runs, and of an adopted engine for ever: only a parent learns it."""
         return self._child.poll() if self._child is not None else None

@@ -190,9 +190,10 @@ class Registry:
         with self._changed:
             instance.port = port
 
-    def note_process(self, instance: Instance, pid: int) -> None:
+    def note_process(self, instance: Instance, pid: int, runs: Callable[[], bool]) -> None:
         with self._changed:
             instance.pid, instance.phase, instance.progress = pid, "starting", 0.0
+            instance.runs = runs
             instance.launched_at = self.clock()
 
     def became_ready(self, instance: Instance, names: tuple[str, ...], facts: Mapping[str, Any],

@@ -100,7 +100,7 @@ class Forwarder:
             lease.on_cut(exchange.abort)
             watched.on_gone(exchange.abort)
             response = self._upstream.send(exchange, sent.method, origin.base + sent.target, headers, sent.payload,
-                                           limit_s, origin.tls)
+                                           limit_s, origin.tls, lease.runs)
         except BaseException as error:
             watched.on_gone(None)
             exchange.detach()

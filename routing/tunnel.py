@@ -51,6 +51,9 @@ def open_tunnel(relays: Relays | None, client: socket.socket, lease: Lease, orig
         upstream = socket.create_connection((origin.host, origin.port), CONNECT_TIMEOUT_S)
     except OSError as error:
         raise ConnectionRefused("the engine takes no connections") from error
+    if not lease.runs():        # a stranger may have its port
+        upstream.close()
+        raise ConnectionRefused("the engine takes no connections")
 
     def ended(end: Ended) -> None:
         lease.release(ok=end.complete)

@@ -13,7 +13,7 @@ import ssl
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from socket import SHUT_RDWR
 from socket import socket as Socket
 from typing import Any
@@ -114,7 +114,7 @@ class _Backend:
         self._most = most
         self._idle: deque[tuple[HTTPConnection, float]] = deque()      # since when; any thread may take one
 
-    def take(self, exchange: Exchange, timeout_s: float) -> HTTPConnection:
+    def take(self, exchange: Exchange, timeout_s: float, runs: Callable[[], bool]) -> HTTPConnection:
         """One that was not idle for too long, or a new one; the exchange knows its socket."""
         while not exchange.fresh and (found := self._pop()) is not None:
             connection, since = found
@@ -123,6 +123,9 @@ class _Backend:
                 return connection
             connection.close()
         connection = self._connect(timeout_s)
+        if not runs():      # asked after it was made: whose port it was lived until then, or the port is a stranger's
+            connection.close()
+            raise NewConnectionError(connection, "its process has ended")
         exchange.attach(connection.sock, reused=False)
         return connection
 
@@ -166,9 +169,9 @@ class Upstream:
         self._backends: dict[tuple[str, ssl.SSLContext | None], _Backend] = {}
 
     def send(self, exchange: Exchange, method: str, url: str, headers: dict[str, str], body: bytes | bytearray | None,
-             timeout_s: float, tls: ssl.SSLContext | None = None) -> Answer:
+             timeout_s: float, tls: ssl.SSLContext | None = None, runs: Callable[[], bool] = lambda: True) -> Answer:
         """The answer with its head read and its body not.  Blocks up to `timeout_s` seconds for the head.  An
-        https:// address needs `tls`.
+        https:// address needs `tls`.  A new connection is used only if the engine `runs` when it has been made.
 
         A pooled connection that the engine had closed meanwhile is tried once more on a fresh one, but never once
         an answer has begun.  Raises ConnectionRefused when nothing was sent, else UpstreamError or UpstreamTimeout;
@@ -180,20 +183,20 @@ class Upstream:
         backend = self._backend(f"{scheme}://{authority}", tls)
         with upstream_errors():
             try:
-                return self._exchange(exchange, backend, method, head, body, timeout_s)
+                return self._exchange(exchange, backend, method, head, body, timeout_s, runs)
             except ConnectionError:
                 if not exchange.stale or exchange.aborted:
                     raise
             exchange.fresh = True
             try:
-                return self._exchange(exchange, backend, method, head, body, timeout_s)
+                return self._exchange(exchange, backend, method, head, body, timeout_s, runs)
             except NewConnectionError as error:
                 # It may have been this request that killed the engine: not to be tried on another one.
                 raise UpstreamError(NO_ANSWER) from error
 
     def _exchange(self, exchange: Exchange, backend: _Backend, method: str, head: bytes,
-                  body: bytes | bytearray | None, timeout_s: float) -> Answer:
-        connection = backend.take(exchange, min(CONNECT_TIMEOUT_S, timeout_s))
+                  body: bytes | bytearray | None, timeout_s: float, runs: Callable[[], bool]) -> Answer:
+        connection = backend.take(exchange, min(CONNECT_TIMEOUT_S, timeout_s), runs)
         try:
             if connection.sock.gettimeout() != timeout_s:
                 connection.sock.settimeout(timeout_s)

@@ -67,6 +67,19 @@ def ask(upstream: Upstream, url: str, body: bytes | bytearray | None = b"{}", ti
     return data
 
 
+def test_a_stranger_on_the_port_of_a_dead_engine_gets_nothing(upstream: Upstream) -> None:
+    """Asked when the connection is there, and not before: the engine may die in between."""
+    received, connected = list[bytes](), threading.Event()
+
+    def talk(client: socket.socket) -> None:
+        connected.set()
+        received.append(client.recv(1))
+
+    with engine(talk) as url, pytest.raises(ConnectionRefused, match="takes no connections"):
+        upstream.send(Exchange(), "POST", url + "/v1/x", {}, b"{}", 60, runs=lambda: not connected.wait(60))
+    assert received == [b""]
+
+
 @pytest.mark.parametrize("body", [None, b"{}", b"x" * 20_000, bytearray(b"y" * 3_000_000)],
                          ids=["none", "small", "in two", "large"])
 def test_what_an_engine_receives(upstream: Upstream, body: bytes | bytearray | None) -> None:
