@@ -6,10 +6,11 @@
 PY := .venv/bin/python
 PYTEST := $(PY) -m pytest
 SIDE_BY_SIDE := -n logical --maxprocesses 8 --dist worksteal
-RANDOM_CASES := tests/test_relay_loop.py tests/test_response_head.py tests/test_framing.py tests/test_demand_histories.py
+RANDOM_CASES := tests/test_relay_loop.py tests/test_response_head.py tests/test_framing.py tests/test_demand_histories.py \
+	tests/test_fuzz.py
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo test check e2e slow bench clean
+.PHONY: help run demo test check e2e slow fuzz bench clean
 
 help:           ## this list
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {sub(/:.*/, "", $$1); printf "make %-6s %s\n", $$1, $$2}' Makefile
@@ -35,6 +36,10 @@ e2e: .venv/dev.stamp            ## the tests with real vLLM, which is installed 
 slow: .venv/dev.stamp           ## thousands of random cases, a soak, a thousand instances, boxes of GPUs (no vLLM)
 	HYPOTHESIS_PROFILE=ci $(PYTEST) $(SIDE_BY_SIDE) --timeout 2400 $(RANDOM_CASES)
 	HYPOTHESIS_PROFILE=ci $(PYTEST) --timeout 2400 tests/slow
+
+fuzz: .venv/dev.stamp           ## look for input that breaks its readers, guided by coverage; MINUTES=60 in all
+	$(PY) -m pip install -q 'atheris>=3,<4'
+	$(PY) -m tests.fuzz --seconds $$(($(or $(MINUTES),60) * 60))
 
 bench: .venv/dev.stamp          ## the proxy's speed beside direct access and other proxies
 	$(PY) benchmarks/run.py

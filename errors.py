@@ -30,6 +30,9 @@ class DaemonError(Exception):
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
 
+LONGEST_MESSAGE = 2000      # characters of a ConfigError
+
+
 class ConfigError(Exception):
     """A setting or file that cannot be used.  Stops the start; never reaches a client.
 
@@ -37,6 +40,8 @@ class ConfigError(Exception):
     """
 
     def __init__(self, where: str, message: str) -> None:
+        if len(message) > LONGEST_MESSAGE:      # it quotes a value that is no value
+            message = f"{message[:LONGEST_MESSAGE - 200]} ... {message[-200:]}"
         super().__init__(f"{where}: {message}")
         self.where = where
 

@@ -1,0 +1,1 @@
+"""Programs that look for input that breaks what reads it."""
