@@ -33,7 +33,7 @@ from router import Router
 from routing import request_id
 from routing.observed import ABOUT
 from routing.upstream import ClientLeft
-from web import admin, auth, live, metrics, models
+from web import admin, auth, live, metrics, models, openapi
 from web.audit import AuditLog
 from web.notify import Notifier
 from web.reloader import EVERY_S, Reloader
@@ -77,6 +77,7 @@ def create_app(deps: Deps) -> Flask:
     app.register_blueprint(models.blueprint)
     app.register_blueprint(live.blueprint)
     app.register_blueprint(metrics.blueprint)
+    app.register_blueprint(openapi.blueprint)
     app.register_blueprint(data_plane.blueprint)
     app.register_error_handler(Exception, _answer_error)
     return app

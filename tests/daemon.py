@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from instances import launcher, processes
+from tests import contract
 from tests.support import claim_ports, wait_until
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -236,10 +237,16 @@ class Daemon:
 
     def call(self, method: str, path: str, body: object = None, headers: Mapping[str, str] | None = None, *,
              port: int | None = None) -> Answer:
-        """One request on a connection of its own; a body that is not bytes is sent as JSON."""
+        """One request on a connection of its own; a body that is not bytes is sent as JSON.
+
+        What the daemon answers is held against its OpenAPI document.
+        """
         with self.open(method, path, body, headers, port=port) as response:
-            return Answer(response.status, {name.lower(): value for name, value in response.getheaders()},
-                          response.read())
+            answer = Answer(response.status, {name.lower(): value for name, value in response.getheaders()},
+                            response.read())
+        if port is None:
+            contract.check(method, path, answer.status, answer.headers, answer.body)
+        return answer
 
     @contextlib.contextmanager
     def open(self, method: str, path: str, body: object = None, headers: Mapping[str, str] | None = None, *,

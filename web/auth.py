@@ -18,7 +18,8 @@ from routing.limits import CALLER
 from routing.paths import ADAPTERS
 
 HOW = "send it as 'Authorization: Bearer KEY'"
-OPEN = frozenset({"/", "/health", "/ping", "/version", "/load-stats", "/metrics", "/prometheus/targets"})
+OPEN = frozenset({"/", "/health", "/ping", "/version", "/load-stats", "/metrics", "/prometheus/targets",
+                  "/openapi.json"})
 MANAGEMENT = ("/instances", "/admin", "/gpus")
 FORWARDED = ("X-Forwarded-For", "X-Forwarded-Host", "X-Real-Ip", "Forwarded", "Via")
 

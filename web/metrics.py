@@ -58,7 +58,7 @@ def load_stats() -> Response:
     ring = live().ring
     servers = [_instance_load(router, view) | _rates(ring.latest(view.id)) for view in router.manager.snapshot()
                if view.state is not State.STOPPED]
-    servers += [_server_load(view) for view in router.fleet.views()]
+    servers += [_server_load(view) | _rates(None) for view in router.fleet.views()]
     return jsonify(servers=servers, summary=summary(servers), policy=router.manager.settings.routing_policy)
 
 
@@ -115,9 +115,10 @@ def _instance_load(router: Router, view: InstanceView) -> dict[str, Any]:
         updated_at=time.time() - (time.monotonic() - reading.at) if reading else None)
 
 
-def _rates(figures: Figures) -> dict[str, Any]:
-    found = shown(figures)
-    return {name: found[name] for name in ("tokens_per_s", "prompt_tokens_per_s", "requests_per_s", "ttft_s")}
+def _rates(figures: Figures | None) -> dict[str, Any]:
+    """None: of a server on another machine, which nobody samples."""
+    found = shown(figures) if figures is not None else {}
+    return {name: found.get(name) for name in ("tokens_per_s", "prompt_tokens_per_s", "requests_per_s", "ttft_s")}
 
 
 def _server_load(view: ServerView) -> dict[str, Any]:

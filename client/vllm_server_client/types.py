@@ -109,8 +109,14 @@ class InstanceOfModel(TypedDict):
     status: str
 
 
+class ServerOfModel(TypedDict):
+    url: str
+    status: str
+
+
 class Model(TypedDict):
-    """A model that may be named in requests.  `root` is the path or hub id that it was loaded from."""
+    """A model that may be named in requests.  `root` is the path or hub id that it was loaded from, `servers` have it
+    on other machines, `via` are the vllm-servers on the way to it, the asked one first."""
 
     id: str
     object: Literal["model"]
@@ -119,6 +125,8 @@ class Model(TypedDict):
     root: str
     status: str
     instances: list[InstanceOfModel]
+    servers: list[ServerOfModel]
+    via: list[str]
 
 
 class InstanceMemory(TypedDict):
@@ -132,6 +140,18 @@ class LastError(TypedDict):
     message: str
     detail: str | None
     suggestion: dict[str, Any] | None
+
+
+class Figures(TypedDict):
+    """Of the last few seconds.  None is what nobody knows; `ttft_s` is the mean time to a first token."""
+
+    tokens_per_s: float | None
+    prompt_tokens_per_s: float | None
+    requests_per_s: float
+    ttft_s: float | None
+    in_flight: int
+    waiting: float
+    cache_usage: float | None
 
 
 class Instance(TypedDict):
@@ -152,6 +172,7 @@ class Instance(TypedDict):
     memory: InstanceMemory
     params: dict[str, Any]
     flags: dict[str, Any]
+    env: list[str]
     timeout: float
     expires_in: float | None
     in_flight: int
@@ -168,6 +189,7 @@ class Instance(TypedDict):
     engine: dict[str, Any]
     last_error: LastError | None
     simulated: bool
+    load: Figures
 
 
 class BriefInstance(TypedDict):
@@ -299,3 +321,88 @@ class Reload(TypedDict):
     object: Literal["reload"]
     changed: list[str]
     models: ReloadedModels
+
+
+# --- what goes on ------------------------------------------------------------------------------------------------
+
+
+class BackendLoad(TypedDict):
+    """An instance, or a server on another machine (`kind`).  Rates are of the last few seconds, and of instances only;
+    the last fields are mvllm's names for some of the others."""
+
+    id: str
+    kind: str
+    url: str | None
+    health: str
+    why: str
+    status: bool
+    running: float
+    waiting: float
+    in_flight: int
+    capacity: int
+    weight: float
+    utilization: float
+    cache_usage: float | None
+    circuit: str
+    models: list[str]
+    tokens_per_s: float | None
+    prompt_tokens_per_s: float | None
+    requests_per_s: float | None
+    ttft_s: float | None
+    current_load: float
+    max_capacity: int
+    available_capacity: float
+    utilization_percent: float
+    last_updated: str | None
+
+
+class LoadSummary(TypedDict):
+    """Capacity and load are those of the backends that serve."""
+
+    total_servers: int
+    healthy_servers: int
+    total_running: float
+    total_waiting: float
+    total_active_load: float
+    total_capacity: float
+    overall_utilization_percent: float
+
+
+class LoadStats(TypedDict):
+    servers: list[BackendLoad]
+    summary: LoadSummary
+    policy: str
+
+
+class History(TypedDict):
+    """Of the last hour, column by column (names as in Figures), each as long as `at`; `total` of all together."""
+
+    object: Literal["history"]
+    every_s: float
+    kept_s: float
+    at: list[float]
+    total: dict[str, list[float | None]]
+    instances: dict[str, dict[str, Any]]
+    models: dict[str, dict[str, list[float | None]]]
+
+
+Event = TypedDict("Event", {      # "from" is no name for a field of a class
+    "id": int, "at": float, "event": str, "instance": NotRequired[str], "model": NotRequired[str],
+    "from": NotRequired[str | None], "to": NotRequired[str], "why": NotRequired[str], "phase": NotRequired[str],
+    "progress": NotRequired[float | None]})
+"""What happened: a `state` that an instance came into, or a `phase` of its load.  `at` is wall clock seconds."""
+
+
+class RecentRequest(TypedDict):
+    """A request for a model, as it was answered.  `seconds` is None while its answer goes on."""
+
+    at: float
+    model: str | None
+    backend: str | None
+    path: str
+    status: int | None
+    code: str | None
+    key: str | None
+    first_byte_s: float | None
+    seconds: float | None
+    request_id: str
