@@ -12,6 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from instances.launcher import Launcher
+from instances.store import StateDir
 from scripts import pid_file
 from tests.daemon import CHECKOUT, HANG_S
 from tests.support import claim_ports
@@ -59,6 +61,9 @@ class Checkout:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  traceback: TracebackType | None) -> None:
         self.script("stop", "-f")
+        if (self.state / "instances").exists():     # engines that KEEP_INSTANCES has left
+            for record in StateDir(self.state).load().records:
+                Launcher().end_remains(record.id, record.engine)
         self._claim.close()
 
     @property

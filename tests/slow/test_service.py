@@ -82,9 +82,15 @@ def test_a_restart_keeps_models_loaded_where_that_is_asked_for(tmp_path: Path) -
         again = checkout.script("restart")
         assert again.code == 0 and checkout.pid != before
         url = url_of(again.out.splitlines()[-1])
-        [one] = requests.get(f"{url}/instances", timeout=HANG_S).json()["data"]
-        assert (one["pid"], one["status"]) == (engine, "ready")
-        requests.delete(f"{url}/instances/{one['id']}?force=1&wait=1", timeout=HANG_S)
+
+        def instance() -> dict[str, Any]:
+            [one] = requests.get(f"{url}/instances", timeout=HANG_S).json()["data"]
+            found: dict[str, Any] = one
+            return found
+
+        assert instance()["pid"] == engine
+        wait_until(lambda: instance()["status"] == "ready")
+        assert instance()["pid"] == engine
         assert checkout.script("stop").code == 0
 
 
