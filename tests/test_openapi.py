@@ -114,6 +114,10 @@ def test_every_answer_that_changes_something_is_as_described(daemon: Daemon) -> 
         ("/instances", b"{"), ("/admin/models/none/load", {}), ("/v1/chat/completions", {"model": "none"}),
         ("/v1/embeddings", {}))]
     assert statuses == [200, 200, 200, 200, 200, 200, 200, 201, 200, 409, 400, 415, 404, 404, 400]
+    for path, body in (("/v1/chat/completions", {"messages": []}), ("/v1/completions", {"prompt": "x"})):
+        answer = daemon.post(path, {"model": "demo", **body})
+        contract.check("POST", path, answer.status, answer.headers, answer.body, engine=True)
+        assert answer.status == 200
     two = next(one["id"] for one in daemon.instances() if one["model_name"] == "org/two")
     assert daemon.delete(f"/instances/{two}?wait=1").status == 200
     assert daemon.get("/admin/audit").json["data"]
