@@ -23,6 +23,7 @@ import config
 import router as data_plane
 from configuration.described import described
 from configuration.file_watch import FileWatch
+from configuration.openness import left_open
 from errors import BadRequest, ConfigError, DaemonError, MethodNotAllowed, NotFound, Unauthorized
 from instance_manager import InstanceManager
 from instances.launcher import wait_until
@@ -33,7 +34,7 @@ from router import Router
 from routing import request_id
 from routing.observed import ABOUT
 from routing.upstream import ClientLeft
-from web import admin, auth, live, metrics, models, openapi
+from web import admin, auth, cors, live, metrics, models, openapi
 from web.audit import AuditLog
 from web.notify import Notifier
 from web.reloader import EVERY_S, Reloader
@@ -69,8 +70,10 @@ def create_app(deps: Deps) -> Flask:
                           about=about, metrics=metrics.registry_of(deps.manager, deps.router, about))
     app.before_request(lambda: metrics.begin(request))
     app.before_request(lambda: request_id.adopt(request.headers.get(request_id.HEADER)))
+    app.before_request(lambda: cors.begin(request, deps.manager.settings))
     app.before_request(lambda: auth.check(request, deps.manager.settings))
     app.after_request(_with_request_id)
+    app.after_request(_with_cors)
     app.after_request(lambda response: metrics.count(deps.router, request, response))
     app.after_request(lambda response: _audited(deps.audit, response))
     app.register_blueprint(admin.blueprint)
@@ -85,6 +88,11 @@ def create_app(deps: Deps) -> Flask:
 
 def _with_request_id(response: Response) -> Response:
     response.headers[request_id.HEADER] = request_id.current()
+    return response
+
+
+def _with_cors(response: Response) -> Response:
+    cors.end(request, response)
     return response
 
 
@@ -221,7 +229,7 @@ def check_address(host: str, port: int) -> None:
 def banner(settings: config.Settings, address: str) -> None:
     simulated = " with a SIMULATED engine: no model is loaded" if is_simulated(settings.command) else ""
     log.info("vllm-server %s listens on %s%s", VERSION, address, simulated)
-    for warning in settings.warnings:
+    for warning in (*left_open(vars(settings)), *settings.warnings):
         log.warning("%s", warning)
 
 

@@ -106,6 +106,7 @@ class Settings:
     api_keys: tuple[Key, ...]                # for inference
     admin_api_keys: tuple[Key, ...]          # for management and inference
     allow_unsafe_params: bool
+    cors_origins: tuple[str, ...] | None     # whose pages may ask for inference; "*": all
     flags_default: Mapping[str, Any]
     flags_config: Mapping[str, Any]
     flags_env: Mapping[str, Any]

@@ -119,6 +119,7 @@ class Router:
 
     def by_model(self, incoming: Request, path: str) -> Response:
         """Forward to a backend of the model that the body names; waits while that loads."""
+        requested_model.check_coding(incoming.headers.get("Content-Encoding"))
         body = self.read_body(incoming)
         wanted = requested_model.find(incoming.headers.get("Content-Type", ""), body,
                                       with_fields=self.balancer.policy.sticky)
@@ -132,12 +133,7 @@ class Router:
 
     def to_instance(self, incoming: Request, instance_id: str, path: str) -> Response:
         """Forward to this instance, whatever the body says; waits while it loads."""
-        if paths.is_dev_mode(path):
-            raise Forbidden(f"{path[:80]} is a development route of the engine and is never reachable through the "
-                            "daemon; see the management routes instead", code="dev_mode_path")
-        if paths.is_confusing(path):
-            raise BadRequest("the path holds dot segments, empty segments or control characters", param="path",
-                             code="invalid_path")
+        _check_path(path)
         way = self.ways.to_one(instance_id)
         limits.check_model(caller(incoming), self.manager.get(instance_id).names)
         if wants_upgrade(incoming.headers.get("Connection", ""), incoming.headers.get("Upgrade", "")):
@@ -146,6 +142,7 @@ class Router:
 
     def to_response_owner(self, incoming: Request, response_id: str, path: str) -> Response:
         """Forward to the backend that made this response; one that is not remembered is asked for everywhere."""
+        _check_path(path)
         body = self.read_body(incoming)
         owner = self._owners.find(response_id)
         key = caller(incoming)
@@ -200,6 +197,7 @@ class Router:
 
     def adapter(self, incoming: Request, path: str) -> Response:
         """Load or unload a LoRA adapter in the engine of the model that the body names; its name then routes there."""
+        requested_model.check_coding(incoming.headers.get("Content-Encoding"))
         body = self.read_body(incoming)
         wanted = requested_model.find(incoming.headers.get("Content-Type", ""), body)
         name = str(orjson.loads(body).get("lora_name", ""))
@@ -335,6 +333,16 @@ class Router:
             response.response = []
             stream.end_without_body()
         return response, upstream.head.status
+
+
+def _check_path(path: str) -> None:
+    """Raises Forbidden or BadRequest for what no engine and no other server is to read in any way of its own."""
+    if paths.is_dev_mode(path):
+        raise Forbidden(f"{path[:80]!r} is a development route of the engine and is never reachable through the "
+                        "daemon; see the management routes instead", code="dev_mode_path")
+    if paths.is_confusing(path):
+        raise BadRequest("the path holds dot segments, empty segments or control characters", param="path",
+                         code="invalid_path")
 
 
 def _name_of(lease: Lease) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from configuration.openness import left_open
 from configuration.settings_table import SETTINGS
 
 
@@ -18,7 +19,7 @@ def described(values: Mapping[str, Any]) -> dict[str, Any]:
     return {"settings": {name: _hidden(one) if name in secrets else _plain(name, one) for name, one in given.items()},
             "config_file": _plain("", values["config_file"]), "models": values["catalog"].names(),
             "servers": [server.url for server in values["servers"].servers],
-            "warnings": list(values["warnings"])}
+            "warnings": list(values["warnings"]), "open": list(left_open(values))}
 
 
 def _hidden(value: Any) -> str | None:

@@ -87,6 +87,15 @@ def _one_of(*words: str) -> Callable[[str], str]:
     return parse
 
 
+def _origins(text: str) -> tuple[str, ...]:
+    """As browsers write them: scheme, host and perhaps a port, in lower case."""
+    found = tuple(word.strip().lower() for word in text.split(","))
+    for origin in found:
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[a-z0-9.\-_\[\]:]+", origin):
+            raise ValueError("expected origins such as https://app.example or http://localhost:3000, or *")
+    return found
+
+
 def _mebibytes(low: int) -> Callable[[str], int]:
     """Text in MiB, as NVIDIA's tools count (they write MB); the value in bytes."""
     whole = _whole(low, 10 ** 9)
@@ -154,6 +163,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(ACCESS, "ADMIN_API_KEYS", "admin_api_keys", "null", parse_keys,
             "Keys for management (and inference); none: management from this machine only", secret=True),
     Setting(ACCESS, "ADMIN_API_KEYS_FILE", None, "null", str, "File with more of them, one a line"),
+    Setting(ACCESS, "CORS_ORIGINS", "cors_origins", "null", _origins,
+            "Origins whose pages may ask for inference, separated by commas, such as https://app.example; *: all"),
     Setting(ACCESS, "ALLOW_UNSAFE_PARAMS", "allow_unsafe_params", "false", _boolean,
             "Let the params of a request name files and code too, not only the configuration"),
     Setting(INSTANCES, "VLLM_COMMAND", "command", "vllm", _words, "The engine's command; `serve MODEL ...` follows it"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import socket
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import quote
 
@@ -24,6 +24,7 @@ from routing.relay_process import Relays
 from routing.remote import Origin, Outcome, RemoteLease
 from routing.upstream import ClientLeft, ConnectionRefused, Exchange, Upstream, request_headers
 
+CORS = "vllm_server.cors"   # in a request's environ: headers for the page that sent it
 VERDICT_S = 1.0             # how long a broken request waits for the keeper to say why
 _PATH_SAFE = "/:@!$&'()*+,;=-._~"
 
@@ -48,6 +49,7 @@ class Outgoing(NamedTuple):
     client: socket.socket
     protocol: str
     relayed: bool       # whether a relay may carry its answer, unseen
+    cors: Sequence[tuple[str, str]] = ()        # headers for the page that asks
 
 
 def outgoing(incoming: Any, path: str, body: bytes | bytearray, *, relayed: bool = True) -> Outgoing:
@@ -56,7 +58,7 @@ def outgoing(incoming: Any, path: str, body: bytes | bytearray, *, relayed: bool
     headers = request_headers(incoming.headers, payload)
     headers[request_id.HEADER] = request_id.current()
     return Outgoing(incoming.method, target(incoming, path), headers, payload, incoming.environ["gunicorn.socket"],
-                    incoming.environ["SERVER_PROTOCOL"], relayed)
+                    incoming.environ["SERVER_PROTOCOL"], relayed, incoming.environ.get(CORS, ()))
 
 
 def target(incoming: Any, path: str) -> str:
@@ -115,8 +117,8 @@ class Forwarder:
         head = response.head
         self._balancer.note_outcome(told_as(lease), outcome_of(head.status),
                                     retry_after_s(response.header("retry-after")))
-        head.headers[:] = [pair for pair in head.headers if pair[0].lower() != request_id.HEADER.lower()]
-        head.headers.append((request_id.HEADER, sent.headers[request_id.HEADER]))
+        head.headers[:] = [pair for pair in head.headers if not _is_ours(pair[0].lower())]
+        head.headers.extend([(request_id.HEADER, sent.headers[request_id.HEADER]), *sent.cors])
         return exchange, response
 
     def headers(self, lease: Lease, headers: dict[str, str]) -> dict[str, str]:
@@ -166,6 +168,11 @@ class Forwarder:
                 return UpstreamError(problem.message, code=problem.code) if problem is not None else error
             self._manager.wait_for_change(0.05)
         return lease.cut_error or error
+
+
+def _is_ours(name: str) -> bool:
+    """A header of an answer that the daemon sets itself: whose pages may read it is not the engine's to say."""
+    return name == request_id.HEADER.lower() or name.startswith("access-control-")
 
 
 def told_as(lease: Lease) -> str | RemoteLease:

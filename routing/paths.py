@@ -6,7 +6,9 @@ includes).
 
 from __future__ import annotations
 
-import posixpath
+import re
+import unicodedata
+from collections.abc import Iterator
 from urllib.parse import unquote
 
 BY_MODEL = (
@@ -39,17 +41,27 @@ DEV_MODE = frozenset({
 
 def is_dev_mode(path: str) -> bool:
     """Whether an engine could read this path as one of its development routes, in any spelling."""
-    while (decoded := unquote(path)) != path:
-        path = decoded
-    cleaned = posixpath.normpath("/" + path.replace("\\", "/").split("?")[0].split(";")[0]).lower()
-    return any(segment.strip() in DEV_MODE for segment in cleaned.split("/"))
+    return any(segment in DEV_MODE for segment in _segments(path))
 
 
 def is_confusing(path: str) -> bool:
     """Dot segments, doubled slashes and control characters: read differently by different servers, so refused."""
-    while (decoded := unquote(path)) != path:
-        path = decoded
-    segments = path.replace("\\", "/").split("/")
+    path = _decoded(path)
+    segments = [segment.partition(";")[0] for segment in path.replace("\\", "/").split("/")]
     if "." in segments or ".." in segments or "" in segments[1:-1]:
         return True
-    return any(ord(char) < 32 or char == "\x7f" for char in path)
+    return any(ord(char) < 32 or 0x7f <= ord(char) < 0xa0 for char in path)
+
+
+def _decoded(path: str) -> str:
+    """As often as it is encoded: some server on the way may decode once more than the last one."""
+    while (decoded := unquote(path)) != path:
+        path = decoded
+    return path
+
+
+def _segments(path: str) -> Iterator[str]:
+    """Every name that any server could read in it: without parameters and queries, in whatever case and script."""
+    plain = unicodedata.normalize("NFKC", _decoded(path)).replace("\\", "/")
+    for segment in re.split(r"[/?#]", plain):
+        yield "".join(char for char in segment.partition(";")[0].casefold() if char.isprintable()).strip().rstrip(".")

@@ -43,9 +43,22 @@ def of(request_id: str) -> Iterator[None]:
 
 
 class Formatter(logging.Formatter):
-    """Puts the id before the message."""
+    """Puts the id before the message, and shows control characters in it as escapes: what a client or a model is called
+    makes no line of its own, and moves no cursor.  A traceback keeps its lines."""
 
     def format(self, record: logging.LogRecord) -> str:
         request_id = _current.get()
         record.request = f"[{request_id}] " if request_id else ""
         return super().format(record)
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+
+def printable(text: str) -> str:
+    """The same on one line, for a log and a terminal; tabs stay."""
+    if text.isprintable():
+        return text
+    return "".join(char if char == "\t" or char.isprintable() else char.encode("unicode_escape").decode()
+                   for char in text)

@@ -36,6 +36,13 @@ class Wanted:
     fields: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
 
 
+def check_coding(content_encoding: str | None) -> None:
+    """Raises UnsupportedMediaType: nothing is ever unpacked here, so that no small body becomes a large one."""
+    if content_encoding is not None and content_encoding.strip().lower() not in ("", "identity"):
+        raise UnsupportedMediaType(f"the body is encoded ({content_encoding[:40]!r}): send it plain",
+                                   param="Content-Encoding")
+
+
 def find(content_type: str, body: bytes | bytearray, *, with_fields: bool = False) -> Wanted:
     """The model that a JSON or multipart body names; `with_fields` all of a JSON body, but for what long strings say.
 

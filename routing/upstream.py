@@ -35,6 +35,7 @@ FIRST_BYTES = 1 << 14   # of a body, which go out together with the head
 NO_ANSWER = "the engine closed the connection before it answered"
 
 _UNSAFE_TARGET = re.compile("[\x00-\x20\x7f]")
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")      # but for tabs and the ends of lines
 
 HOP_BY_HOP = frozenset({
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
@@ -268,7 +269,8 @@ def request_head(method: str, target: str, authority: str, headers: Mapping[str,
     """Raises BadRequest for what would be another request to the engine than to us."""
     head = "\r\n".join([f"{method} {target} HTTP/1.1", f"Host: {authority}",
                         *(f"{name}: {value}" for name, value in headers.items()), "", ""])
-    if _UNSAFE_TARGET.search(target) or not head.count("\r") == head.count("\n") == len(headers) + 3 or "\0" in head:
+    if _UNSAFE_TARGET.search(target) or _CONTROL.search(head) \
+            or not head.count("\r") == head.count("\n") == len(headers) + 3:
         raise BadRequest("the request's head holds characters that cannot be passed on", code="invalid_request")
     return head.encode("latin-1")
 

@@ -33,9 +33,20 @@ def test_calls_that_change_something_are_kept_and_looks_are_not(tmp_path: Path) 
     log.close()
     (only,) = entries(tmp_path / "audit.log")
     assert only == {"at": 12.5, "who": "a wrong key", "from": "127.0.0.1", "method": "POST", "path": "/instances",
-                    "status": 200, "code": None}
+                    "id": None, "model": None, "status": 200, "code": None, "request_id": ""}
     assert log.last(10) == [only] and "sk-secret" not in (tmp_path / "audit.log").read_text()
     assert stat.S_IMODE((tmp_path / "audit.log").stat().st_mode) == 0o600
+
+
+def test_it_tells_what_was_made(tmp_path: Path) -> None:
+    log = AuditLog(tmp_path / "audit.log")
+    with Flask("test").app_context():
+        note(log, "POST", "/instances", jsonify(id="ab12", model_name="org/name", status="starting"))
+        note(log, "POST", "/instances/x%0a{}/wake", jsonify([1]))
+    first, second = entries(tmp_path / "audit.log")
+    assert (first["id"], first["model"]) == ("ab12", "org/name")
+    assert second["path"] == "/instances/x\n{}/wake" and second["id"] is None      # one line, whatever is in it
+    log.close()
 
 
 def test_the_file_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

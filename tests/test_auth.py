@@ -11,7 +11,7 @@ from werkzeug.test import EnvironBuilder
 
 from config import Settings, load_settings
 from configuration.keys import parse_keys
-from errors import DaemonError, Forbidden, Unauthorized
+from errors import DaemonError, Forbidden, Unauthorized, UnsupportedMediaType
 from web import auth
 
 OPEN = load_settings({"HOME": "/nowhere"}, cwd=Path("/nowhere"))
@@ -139,6 +139,23 @@ def test_the_daemons_own_page_may_manage() -> None:
 
 def test_a_page_may_ask_for_inference() -> None:
     assert refusal(request_of("/v1/models", headers={"Origin": "http://app.example"}), OPEN) is None
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "multipart/form-data; boundary=x", "application/x-www-form-urlencoded"])
+@pytest.mark.parametrize("path", MANAGEMENT)
+def test_management_takes_no_forms_even_empty_ones(path: str, kind: str) -> None:
+    found = refusal(request_of(path, headers={"Content-Type": kind}), OPEN)
+    assert found == (UnsupportedMediaType, "unsupported_media_type")
+
+
+@pytest.mark.parametrize(("origin", "listed", "allowed"), [
+    ("http://localhost:5000", None, True), ("http://evil.example", None, False), ("null", None, False),
+    ("http://evil.example", ("http://app.example",), False), ("http://App.Example", ("http://app.example",), True),
+    ("http://evil.example", ("*",), True), (None, None, True)])
+def test_whose_pages_may_open_a_socket(origin: str | None, listed: tuple[str, ...] | None, allowed: bool) -> None:
+    headers = {"Upgrade": "websocket", **({"Origin": origin} if origin else {})}
+    found = refusal(request_of("/v1/realtime", method="GET", headers=headers), replace(OPEN, cors_origins=listed))
+    assert found == (None if allowed else (Forbidden, "cross_origin"))
 
 
 def test_every_key_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 from flask import Request, Response
 
+from routing import request_id
 from web.auth import is_management, who
 
 log = logging.getLogger("vllm_server.audit")
@@ -43,9 +44,13 @@ class AuditLog:
         refused = response.status_code in (401, 403)
         if not is_management(request.path) or (request.method in LOOKS and not refused):
             return
+        body = response.get_json(silent=True) if response.is_json else None
+        told = body if isinstance(body, dict) else {}
+        error = told.get("error") if response.status_code >= 400 else None
         entry = {"at": round(self._wall(), 3), "who": who(request), "from": request.remote_addr,
-                 "method": request.method, "path": request.path[:SHOWN], "status": response.status_code,
-                 "code": _code(response)}
+                 "method": request.method, "path": request.path[:SHOWN], "id": told.get("id"),
+                 "model": told.get("model_name"), "status": response.status_code,
+                 "code": error.get("code") if isinstance(error, dict) else None, "request_id": request_id.current()}
         self._recent.append(entry)
         self._file.write(json.dumps(entry))
 
@@ -84,11 +89,3 @@ class _OwnersFile(RotatingFileHandler):
             with contextlib.suppress(OSError):
                 self.stream.close()
             self.stream = None
-
-
-def _code(response: Response) -> str | None:
-    """The error's code, where the answer is one of our envelopes."""
-    if response.status_code < 400 or not response.is_json:
-        return None
-    error = (response.get_json(silent=True) or {}).get("error")
-    return error.get("code") if isinstance(error, dict) else None

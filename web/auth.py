@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from flask import Request
 
 from config import Key, Settings
-from errors import Forbidden, Unauthorized
+from errors import Forbidden, Unauthorized, UnsupportedMediaType
 from routing.limits import CALLER
 from routing.paths import ADAPTERS
 
@@ -21,6 +21,8 @@ HOW = "send it as 'Authorization: Bearer KEY'"
 OPEN = frozenset({"/", "/health", "/ping", "/version", "/load-stats", "/metrics", "/prometheus/targets",
                   "/openapi.json"})
 MANAGEMENT = ("/instances", "/admin", "/gpus")
+FORM_TYPES = frozenset({"application/x-www-form-urlencoded", "multipart/form-data", "text/plain"})
+"""What a page of any origin may send without asking first."""
 FORWARDED = ("X-Forwarded-For", "X-Forwarded-Host", "X-Real-Ip", "Forwarded", "Via")
 
 
@@ -34,7 +36,13 @@ def check(request: Request, settings: Settings) -> None:
             _check_local(request)
         elif key not in settings.admin_api_keys:
             raise Unauthorized(f"management needs an admin key: {HOW}")
-    elif path not in OPEN and settings.api_keys and key is None:
+        if request.mimetype in FORM_TYPES and request.method not in ("GET", "HEAD"):
+            raise UnsupportedMediaType("management takes no forms: send the body as application/json",
+                                       param="Content-Type")
+        return
+    if request.headers.get("Upgrade") is not None:
+        _check_socket_origin(request, settings)
+    if path not in OPEN and settings.api_keys and key is None:
         raise Unauthorized(f"this server needs a key: {HOW}")
 
 
@@ -76,6 +84,16 @@ def _check_local(request: Request) -> None:
     if not _is_own_host(request.headers.get("Host", "")):
         raise Forbidden("the Host header names neither localhost nor an address: a page may have rebound a name to "
                         "this machine", code="host_not_allowed")
+
+
+def _check_socket_origin(request: Request, settings: Settings) -> None:
+    """Browsers let every page open WebSockets to everywhere, and leave it to the server."""
+    origin = request.headers.get("Origin")
+    allowed = settings.cors_origins or ()
+    if origin is not None and origin != f"{request.scheme}://{request.headers.get('Host', '')}" \
+            and "*" not in allowed and origin.lower() not in allowed:
+        raise Forbidden("pages of another origin may not open WebSockets here; CORS_ORIGINS names those that may",
+                        code="cross_origin")
 
 
 def _check_origin(request: Request) -> None:

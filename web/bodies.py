@@ -13,6 +13,7 @@ from flask import Request
 from config import check_params
 from errors import BadRequest, TooLarge, UnsupportedMediaType
 from instance_manager import CreateRequest
+from routing.requested_model import check_coding
 from routing.upstream import ClientLeft
 
 MAX_BODY_BYTES = 1 << 20
@@ -23,6 +24,7 @@ CREATE_FIELDS = ("model_name", "timeout", "start_timeout", "params", "wait", "re
 
 def json_object(request: Request, known: Collection[str]) -> dict[str, Any]:
     """The body as an object with known keys only; an empty body is an empty object."""
+    check_coding(request.headers.get("Content-Encoding"))
     length = request.content_length
     if length is not None and length > MAX_BODY_BYTES:
         raise TooLarge(f"the body has {length} bytes; a management call has at most {MAX_BODY_BYTES}")

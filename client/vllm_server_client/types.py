@@ -307,8 +307,9 @@ class Version(TypedDict):
 
 
 AuditEntry = TypedDict("AuditEntry", {      # "from" is no name for a field of a class
-    "at": float, "who": str, "from": str | None, "method": str, "path": str, "status": int, "code": str | None})
-"""One call to the management.  `at` is wall clock seconds."""
+    "at": float, "who": str, "from": str | None, "method": str, "path": str, "status": int, "code": str | None,
+    "id": str | None, "model": str | None, "request_id": str})
+"""One call to the management.  `at` is wall clock seconds; `id` and `model` are of the instance that was answered."""
 
 
 class ReloadedModels(TypedDict):

@@ -88,7 +88,7 @@ def _keys(data: bytes) -> None:
         assert len(text) < 20 or text not in str(error)
     else:
         assert all(key.name and len(key.digest) == 32 for key in keys)
-        assert not any(key.plain and len(key.plain) > 8 and key.plain in repr(keys) for key in keys)
+        assert not any(key.plain and len(key.plain) > 8 and key.plain in repr(key) for key in keys)
 
 
 def _startup_log(data: bytes) -> None:

@@ -85,6 +85,14 @@ def settings(found: Mapping[str, Any]) -> Finding:
                    " ".join(found["warnings"]))
 
 
+def access(found: Mapping[str, Any]) -> Finding:
+    """What the settings leave open to others (an older daemon does not say)."""
+    left_open = found.get("open", [])
+    if not left_open:
+        return Finding("access", Verdict.OK, "nothing is open to others that keys could guard")
+    return Finding("access", Verdict.WARN, left_open[0], " ".join(left_open[1:]))
+
+
 def engine(command: Sequence[str], elsewhere: str | None) -> Finding:
     name = shlex.join(command)
     if not shutil.which(command[0]):

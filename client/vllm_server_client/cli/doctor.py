@@ -71,6 +71,7 @@ def _here(terminal: Terminal, offline: bool, served_port: int | None) -> Iterato
         place = home.find()
         found = home.settings(place)
         yield checks.settings(found)
+        yield checks.access(found)
     except home.NoDaemon as error:
         yield Finding("settings", Verdict.FAIL, str(error), "correct it, and call doctor again")
     values = found["settings"] if found is not None else {}

@@ -36,8 +36,11 @@ def audit(terminal: Terminal, tail: int | None) -> None:
     """Show who managed what lately: the calls that may change something, and those that were refused."""
     with terminal.client() as client:
         found = client.audit(tail=tail)
-    rows: list[Row] = [[f"{datetime.fromtimestamp(one['at']):%m-%d %H:%M:%S}", f"{one['method']} {one['path']}",
-                        str(one["status"]), one["code"] or "", one["who"], one["from"] or ""] for one in found]
+    rows: list[Row] = []
+    for one in found:
+        call = " ".join(filter(None, (one["method"], one["path"], one.get("model"))))
+        rows.append([f"{datetime.fromtimestamp(one['at']):%m-%d %H:%M:%S}", call, str(one["status"]), one["code"] or "",
+                     one["who"], one["from"] or ""])
     terminal.show(found, table(["at", "call", "answer", "code", "who", "from"], rows))
 
 
