@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
-from flask import Flask, Response, jsonify, request
+from flask import Flask, Request, Response, request
 from werkzeug.exceptions import HTTPException
 from werkzeug.routing import RequestRedirect
 
@@ -31,7 +31,7 @@ from instances.loop import Loop
 from instances.resources import is_simulated
 from instances.store import StateDir
 from router import Router
-from routing import request_id
+from routing import paths, request_id
 from routing.observed import ABOUT
 from routing.upstream import ClientLeft
 from web import admin, auth, cors, live, metrics, models, openapi
@@ -39,6 +39,7 @@ from web.audit import AuditLog
 from web.notify import Notifier
 from web.reloader import EVERY_S, Reloader
 from web.server import Server
+from web.shortcut import Shortcut, Steps
 from web.worker import Service
 
 VERSION = "0.1.0"
@@ -68,51 +69,53 @@ def create_app(deps: Deps) -> Flask:
     app.extensions.update(manager=deps.manager, router=deps.router, reloader=deps.reloader,
                           audit=deps.audit, live=deps.live,
                           about=about, metrics=metrics.registry_of(deps.manager, deps.router, about))
-    app.before_request(lambda: metrics.begin(request))
-    app.before_request(lambda: request_id.adopt(request.headers.get(request_id.HEADER)))
-    app.before_request(lambda: cors.begin(request, deps.manager.settings))
-    app.before_request(lambda: auth.check(request, deps.manager.settings))
-    app.after_request(_with_request_id)
-    app.after_request(_with_cors)
-    app.after_request(lambda response: metrics.count(deps.router, request, response))
-    app.after_request(lambda response: _audited(deps.audit, response))
+    steps = _steps(deps, app)
+    app.before_request(lambda: steps.before(request))
+    app.after_request(lambda response: steps.after(request, response))
     app.register_blueprint(admin.blueprint)
     app.register_blueprint(models.blueprint)
     app.register_blueprint(live.blueprint)
     app.register_blueprint(metrics.blueprint)
     app.register_blueprint(openapi.blueprint)
     app.register_blueprint(data_plane.blueprint)
-    app.register_error_handler(Exception, _answer_error)
+    app.register_error_handler(Exception, lambda error: steps.error(request, error))
+    app.wsgi_app = Shortcut(app.wsgi_app, paths.BY_MODEL, deps.router.view, steps)  # type: ignore[method-assign]
     return app
 
 
-def _with_request_id(response: Response) -> Response:
-    response.headers[request_id.HEADER] = request_id.current()
-    return response
+def _steps(deps: Deps, app: Flask) -> Steps:
+    """What happens to every request, whoever answers it."""
+
+    def before(incoming: Request) -> Response | None:
+        metrics.begin(incoming)
+        request_id.adopt(incoming.headers.get(request_id.HEADER))
+        preflight = cors.begin(incoming, deps.manager.settings)
+        if preflight is None:
+            auth.check(incoming, deps.manager.settings)
+        return preflight
+
+    def after(incoming: Request, response: Response) -> Response:
+        response.headers[request_id.HEADER] = request_id.current()
+        cors.end(incoming, response)
+        metrics.count(deps.router, incoming, response)
+        deps.audit.note(incoming, response)
+        return response
+
+    return Steps(before, lambda incoming, error: _answer_error(app, incoming, error), after)
 
 
-def _with_cors(response: Response) -> Response:
-    cors.end(request, response)
-    return response
-
-
-def _audited(audit: AuditLog, response: Response) -> Response:
-    audit.note(request, response)
-    return response
-
-
-def _answer_error(error: Exception) -> Response:
+def _answer_error(app: Flask, incoming: Request, error: Exception) -> Response:
     """The one way from an exception to an answer."""
     if isinstance(error, ClientLeft):
-        if (about := request.environ.get(ABOUT)) is not None:
+        if (about := incoming.environ.get(ABOUT)) is not None:
             about.code = "client_left"
         return Response(status=CLIENT_CLOSED_REQUEST)
     if isinstance(error, RequestRedirect):      # a slash is missing at the end
         return Response(status=error.code, headers={"Location": error.new_url})
-    ours = _translated(error)
-    if (about := request.environ.get(ABOUT)) is not None:
+    ours = _translated(incoming, error)
+    if (about := incoming.environ.get(ABOUT)) is not None:
         about.code = ours.code
-    response = jsonify(ours.envelope())
+    response: Response = app.json.response(ours.envelope())  # type: ignore[assignment]
     response.status_code = ours.status
     if ours.retry_after_s is not None:
         response.headers["Retry-After"] = str(ours.retry_after_s)
@@ -123,16 +126,16 @@ def _answer_error(error: Exception) -> Response:
     return response
 
 
-def _translated(error: Exception) -> DaemonError:
+def _translated(incoming: Request, error: Exception) -> DaemonError:
     if isinstance(error, DaemonError):
         return error
     if isinstance(error, HTTPException):
         if error.code == 404:
-            return NotFound(f"there is no route {request.method} {request.path[:200]}", code="route_not_found")
+            return NotFound(f"there is no route {incoming.method} {incoming.path[:200]}", code="route_not_found")
         if error.code == 405:
-            return MethodNotAllowed(f"{request.path[:200]} does not take {request.method}")
+            return MethodNotAllowed(f"{incoming.path[:200]} does not take {incoming.method}")
         return BadRequest(error.description or "bad request")
-    log.error("%s %r failed", request.method, request.path, exc_info=error)
+    log.error("%s %r failed", incoming.method, incoming.path, exc_info=error)
     return DaemonError("the daemon failed on this request; its log says how")
 
 

@@ -131,6 +131,19 @@ class Router:
         way = self.ways.to_model(wanted.model, key, owner, incoming.headers.get("Via", ""))
         return self._forward(incoming, path, body, way, with_id=with_id, comments=comments)
 
+    def view(self, incoming: Request) -> Response:
+        """A request to a path of `paths.BY_MODEL`."""
+        return self.within_limits(incoming, lambda: self.by_model(incoming, incoming.path))
+
+    def within_limits(self, incoming: Request, answer: Callable[[], Response]) -> Response:
+        """Its answer, within the limits of the key that came with it, until that has ended."""
+        admission = self.limits.enter(caller(incoming))
+        try:
+            return limits.until_its_end(answer(), admission)
+        except BaseException:
+            admission.leave()
+            raise
+
     def to_instance(self, incoming: Request, instance_id: str, path: str) -> Response:
         """Forward to this instance, whatever the body says; waits while it loads."""
         _check_path(path)
@@ -375,21 +388,14 @@ def caller(incoming: Request) -> Key | None:
 
 
 def limited(view: Callable[..., Response]) -> Callable[..., Response]:
-    """Within the limits of the key that came with the request, until its answer has ended."""
     @wraps(view)
     def within_limits(**arguments: str) -> Response:
-        admission = _router().limits.enter(caller(request))
-        try:
-            return limits.until_its_end(view(**arguments), admission)
-        except BaseException:
-            admission.leave()
-            raise
+        return _router().within_limits(request, lambda: view(**arguments))
     return within_limits
 
 
-@limited
 def _by_model() -> Response:
-    return _router().by_model(request, request.path)
+    return _router().view(request)
 
 
 for _path in paths.BY_MODEL:

@@ -51,6 +51,14 @@ class Track:
         self.picked = 0
 
 
+class Tracks(dict[str, Track]):
+    """By instance; whoever is asked for is there from then on."""
+
+    def __missing__(self, instance_id: str) -> Track:
+        track = self[instance_id] = Track(instance_id)
+        return track
+
+
 class Balancer:
     """Thread-safe.  `policy` and `prefer_local` may be replaced at any time."""
 
@@ -62,7 +70,7 @@ class Balancer:
         self._clock = clock
         self._draw = draw or random.Random()
         self._lock = threading.Lock()
-        self._tracks: dict[str, Track] = {}
+        self._tracks = Tracks()
         self._picks = 0
 
     # --- choosing -------------------------------------------------------------------------------------------------
@@ -148,14 +156,14 @@ class Balancer:
         track = self._tracks.get(instance_id)
         if track is None:
             with self._lock:
-                track = self._tracks.setdefault(instance_id, Track(instance_id))
+                track = self._tracks[instance_id]
         return track
 
     def note_pick(self, instance_id: str) -> bool:
         """A lease on an instance was taken.  True: its outcome decides about the circuit breaker, and must be told."""
         with self._lock:
             self._picks += 1
-            track = self._tracks.setdefault(instance_id, Track(instance_id))
+            track = self._tracks[instance_id]
             track.picked = self._picks
             track.circuit = track.circuit.entered()
             return track.circuit.probing
@@ -167,7 +175,7 @@ class Balancer:
             return
         now = self._clock()
         with self._lock:
-            track = self._tracks.setdefault(backend, Track(backend))
+            track = self._tracks[backend]
             if outcome in (Outcome.GOOD, Outcome.STALE):
                 track.circuit, track.busy_until = CLOSED, 0.0
             elif outcome is Outcome.BUSY:
@@ -183,7 +191,7 @@ class Balancer:
             for gone in self._tracks.keys() - capacities.keys():
                 del self._tracks[gone]
             for instance_id, capacity in capacities.items():
-                self._tracks.setdefault(instance_id, Track(instance_id)).capacity = capacity
+                self._tracks[instance_id].capacity = capacity
 
     def note_reading(self, instance_id: str, reading: Reading) -> None:
         with self._lock:

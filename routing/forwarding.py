@@ -141,6 +141,7 @@ class Forwarder:
             return False        # a TLS session cannot be handed over
         try:
             if take_over(self._relays, sent.client, response, exchange, lease, watched, on_first, idle_timeout_s):
+                self._upstream.prepare(origin_of(lease).base, lease.runs)
                 return True
         except BaseException:
             response.close(complete=False)

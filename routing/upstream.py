@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from select import POLLIN, poll
 from socket import SHUT_RDWR
 from socket import socket as Socket
 from typing import Any
@@ -30,6 +31,7 @@ from routing.response_head import BadHead, read_head
 
 IDLE_LIMIT_S = 4.0      # the engine closes a connection that idles for 5 s (uvicorn); never be the second to know
 CONNECT_TIMEOUT_S = 10.0
+PREPARE_TIMEOUT_S = 1.0
 POOLS = 4096            # one a backend
 FIRST_BYTES = 1 << 14   # of a body, which go out together with the head
 NO_ANSWER = "the engine closed the connection before it answered"
@@ -116,17 +118,14 @@ class _Backend:
         self._idle: deque[tuple[HTTPConnection, float]] = deque()      # since when; any thread may take one
 
     def take(self, exchange: Exchange, timeout_s: float, runs: Callable[[], bool]) -> HTTPConnection:
-        """One that was not idle for too long, or a new one; the exchange knows its socket."""
+        """One that was not idle for too long and is still open, or a new one; the exchange knows its socket."""
         while not exchange.fresh and (found := self._pop()) is not None:
             connection, since = found
-            if time.monotonic() - since <= IDLE_LIMIT_S:
+            if time.monotonic() - since <= IDLE_LIMIT_S and _is_silent(connection.sock):
                 exchange.attach(connection.sock, reused=True)
                 return connection
             connection.close()
-        connection = self._connect(timeout_s)
-        if not runs():      # asked after it was made: whose port it was lived until then, or the port is a stranger's
-            connection.close()
-            raise NewConnectionError(connection, "its process has ended")
+        connection = self._connect(timeout_s, runs)
         exchange.attach(connection.sock, reused=False)
         return connection
 
@@ -134,6 +133,12 @@ class _Backend:
         self._idle.append((connection, time.monotonic()))
         if len(self._idle) > self._most:
             self.close(self._most)
+
+    def prepare(self, runs: Callable[[], bool]) -> None:
+        """Have one ready for the next request."""
+        if not self._idle:
+            with contextlib.suppress(OSError, urllib3.exceptions.HTTPError, ConnectionRefused):
+                self.put(self._connect(PREPARE_TIMEOUT_S, runs))
 
     def close(self, but: int = 0) -> None:
         """All that idle, or the oldest of them."""
@@ -147,7 +152,7 @@ class _Backend:
         except IndexError:
             return None
 
-    def _connect(self, timeout_s: float) -> HTTPConnection:
+    def _connect(self, timeout_s: float, runs: Callable[[], bool]) -> HTTPConnection:
         connection: Any = self._pool._new_conn()
         connection.timeout = timeout_s
         try:
@@ -158,6 +163,9 @@ class _Backend:
             raise ConnectionRefused("the engine does not take the connection") from error
         except ssl.SSLCertVerificationError as error:
             raise ConnectionRefused(f"its certificate is not trusted: {error.verify_message}") from error
+        if not runs():      # asked after it was made: whose port it was lived until then, or the port is a stranger's
+            connection.close()
+            raise NewConnectionError(connection, "its process has ended")
         return connection  # type: ignore[no-any-return]
 
 
@@ -195,6 +203,11 @@ class Upstream:
                 # It may have been this request that killed the engine: not to be tried on another one.
                 raise UpstreamError(NO_ANSWER) from error
 
+    def prepare(self, url: str, runs: Callable[[], bool] = lambda: True) -> None:
+        """A stream has taken its connection along: open another one now, when nobody waits for it.  Not for https."""
+        scheme, _, rest = url.partition("://")
+        self._backend(f"{scheme}://{rest.partition('/')[0]}", None).prepare(runs)
+
     def _exchange(self, exchange: Exchange, backend: _Backend, method: str, head: bytes,
                   body: bytes | bytearray | None, timeout_s: float, runs: Callable[[], bool]) -> Answer:
         connection = backend.take(exchange, min(CONNECT_TIMEOUT_S, timeout_s), runs)
@@ -229,6 +242,13 @@ class Upstream:
         self._adapter.close()
         for backend in list(self._backends.values()):
             backend.close()
+
+
+def _is_silent(sock: Socket) -> bool:
+    """Whether it is open still: what an idle connection can bring is its end, or what nobody asked for."""
+    look = poll()
+    look.register(sock.fileno(), POLLIN)
+    return not look.poll(0)
 
 
 def _send(sock: Socket, head: bytes, body: bytes | bytearray | None) -> bool:

@@ -86,7 +86,7 @@ def client(manager: FakeManager) -> FlaskClient:
 
 
 def client_of(manager: FakeManager, reload: Callable[[], Reloaded] | None = None) -> FlaskClient:
-    router = cast(Any, SimpleNamespace(manager=manager, watch=None, fleet=Fleet(), started_at=7))
+    router = cast(Any, SimpleNamespace(manager=manager, watch=None, fleet=Fleet(), started_at=7, view=None))
     audit = cast(Any, SimpleNamespace(note=lambda *_: None))
     reloader = cast(Any, SimpleNamespace(reload=reload, problem=None))
     watched = Live(router, simulated=is_simulated(manager.settings.command))

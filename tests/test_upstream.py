@@ -117,6 +117,27 @@ def test_a_stale_connection_is_replaced_once(upstream: Upstream) -> None:
         upstream.close()
 
 
+def test_a_connection_that_the_engine_has_closed_is_not_used(upstream: Upstream) -> None:
+    """Else the request would count as sent, and could not go elsewhere."""
+    def close_after_the_first(client: socket.socket) -> None:
+        read_request(client)
+        client.sendall(OK)
+
+    with engine(close_after_the_first) as url:
+        assert ask(upstream, url) == b"ok"
+    with pytest.raises(ConnectionRefused):
+        ask(upstream, url)
+
+
+def test_a_connection_is_there_before_the_request(upstream: Upstream) -> None:
+    with engine(answer(OK)) as url:     # which serves this one connection
+        upstream.prepare(url)
+        upstream.prepare(url)
+        assert ask(upstream, url) == b"ok"
+        upstream.close()
+    upstream.prepare(url)               # nobody listens, which the next request will find out
+
+
 def test_nothing_is_sent_twice_once_an_answer_has_begun(upstream: Upstream) -> None:
     def cut_the_second(client: socket.socket) -> None:
         read_request(client)

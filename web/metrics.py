@@ -26,6 +26,7 @@ from router import Router
 from routing import request_id
 from routing.health import Status
 from routing.observed import ABOUT, About, Histogram
+from routing.paths import BY_MODEL
 from routing.remote import Origin, ServerView
 from web import asked, auth
 from web.exposition import merged
@@ -160,15 +161,15 @@ def begin(incoming: Request) -> None:
     incoming.environ[ABOUT] = About(time.monotonic())
 
 
-def count(router: Router, incoming: Request, response: Response) -> Response:
+def count(router: Router, incoming: Request, response: Response) -> None:
     """The answer to a data request; its head goes out now."""
     about: About | None = incoming.environ.get(ABOUT)
-    if about is not None and incoming.blueprint == "router":
+    by_model = incoming.method == "POST" and incoming.path in BY_MODEL     # it may not have come through Flask's map
+    if about is not None and (by_model or incoming.blueprint == "router"):
         key = auth.caller(incoming)
         about.key = None if key is None else key.name
         about.path, about.request_id = incoming.path[:PATH_SHOWN], request_id.current()
         router.observed.answered(about, about.status or response.status_code, time.monotonic())
-    return response
 
 
 # --- series -----------------------------------------------------------------------------------------------------------
