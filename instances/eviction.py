@@ -119,12 +119,12 @@ class Field:
 
     items: Mapping[int, list[Item]]     # by device that misses something
     hope: Mapping[int, int]             # what all of them together could free there
-    sleepers: Sequence[Resident]        # who holds the host's RAM, wherever they are
+    sleepers: Sequence[Option]          # the end of those who hold the host's RAM, wherever they are
     wish_bytes: int                     # what they would take of the host's RAM if all went to sleep
 
     def few_candidates(self, *, beyond: bool) -> list[Resident] | None:
         """Those on devices that miss something, `beyond` also those who could give the host's RAM; None: many."""
-        found: dict[str, Resident] = {resident.id: resident for resident in self.sleepers if beyond}
+        found: dict[str, Resident] = {option.id: option.resident for option in self.sleepers if beyond}
         for here in self.items.values():
             for _, _, _, _, _, name, resident in here:
                 found[name] = resident
@@ -145,7 +145,7 @@ def _survey(residents: Iterable[Resident], missing: Mapping[int, int]) -> Field:
             if sleep_us:
                 wish += resident.host_bytes
             elif not resident.awake:
-                sleepers.append(resident)
+                sleepers.append(Option(stop_us, resident.id, False, resident))
         for index, held in resident.bytes_on.items():
             if held > 0 and index in items:
                 rate, asleep = stop_us / held, 0
@@ -381,17 +381,22 @@ def _sleep_instead(chosen: list[Option], field: Field, missing: Mapping[int, int
                    host_left: int) -> list[Option]:
     """Let victims sleep that are to be stopped only for want of host RAM, where stopping older sleepers is cheaper."""
     spare = host_left + _host(chosen)
-    victims = sorted(option for option in chosen if not option.sleeps and len(options(option.resident)) > 1
-                     and option.resident.host_bytes <= spare + sum(each.host_bytes for each in field.sleepers))
-    sleepers = sorted(options(resident)[0] for resident in field.sleepers) if victims else []
-    for victim in victims:
-        short = victim.resident.host_bytes - spare
+    most = spare + sum(each.resident.host_bytes for each in field.sleepers)
+    victims = [(option, found[0]) for option in sorted(chosen) if not option.sleeps
+               and len(found := options(option.resident)) > 1 and option.resident.host_bytes <= most]
+    saves_us = max((victim.cost_us - asleep.cost_us for victim, asleep in victims), default=0)
+    sleepers = sorted(each for each in field.sleepers if each.cost_us < saves_us)      # no other one is worth it
+    for victim, asleep in victims:
+        short, saved_us = asleep.resident.host_bytes - spare, victim.cost_us - asleep.cost_us
         gone = {option.id for option in chosen}
-        plan = [*(option for option in chosen if option is not victim), options(victim.resident)[0]]
+        plan = [*(option for option in chosen if option is not victim), asleep]
         for sleeper in sleepers:
-            if short > 0 and sleeper.id not in gone:
+            if short <= 0 or saved_us <= 0:
+                break
+            if sleeper.id not in gone:
                 plan.append(sleeper)
-                short -= sleeper.host_bytes
-        if short <= 0 and _cost(plan) < _cost(chosen) and _fits(missing, plan, count, host_left):
+                short -= sleeper.resident.host_bytes
+                saved_us -= sleeper.cost_us
+        if short <= 0 < saved_us and _fits(missing, plan, count, host_left):
             chosen, spare = plan, host_left + _host(plan)
     return chosen
