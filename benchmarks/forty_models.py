@@ -33,7 +33,8 @@ def main() -> int:
     median, p95, p99 = quantiles_s(outcome.exchanges)
     print(f"{settings.clients} clients for {settings.seconds:g} s on {platform.machine()}, {os.cpu_count()} cores: "
           f"{len(outcome.exchanges):,} requests, {len(failed)} failed; {outcome.loads} loads, "
-          f"{len(forty_models.unexplained(outcome))} claims of memory refused; wait for the first token: median "
+          f"{len(forty_models.spoilt(outcome))} of them begun anew for foreigners who came, "
+          f"{len(forty_models.unexplained(outcome))} that found no memory otherwise; wait for the first token: median "
           f"{median:.2f} s, p95 {p95:.2f} s, p99 {p99:.2f} s")
     for line in failed[:10]:
         print(line)

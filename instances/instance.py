@@ -244,6 +244,7 @@ class Instance:
     ready_at: float = 0.0               # monotonic: since when it holds what it has
     no_hope_since: float | None = None  # monotonic: since when nobody could make that room
     squeeze: Squeeze | None = None      # it ran out of memory and tries once more
+    robbed: int = 0                     # how often others took its room since it last was ready: no fault of its own
     leases: set[Lease] = field(default_factory=set)
     waiting: int = 0                    # requests that wait for it to become ready
     last_success: float = 0.0           # monotonic: when the engine last answered a request

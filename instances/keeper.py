@@ -138,12 +138,19 @@ class Keeper:
             if not self._tenancy.enter(now):
                 self._waits = True
                 return
+        except NoRoom as error:
+            self._registry.lose_room(self._instance, problems.of_launch(self._instance.spec.model, error))
+            self._waits = True
+            return
+        try:
             self._engine = self._run_engine()
         except (DaemonError, OSError) as error:
             self._fail(problems.of_launch(self._instance.spec.model, error))
             return
         self._served = False
         self._registry.note_process(self._instance, self._engine.pid, self._engine.alive)
+        log.info("%s (%s): launched, pid %d, port %s", self._instance.id, self._instance.spec.model, self._engine.pid,
+                 self._instance.port)
         self._follow_start(now, self._instance.spec.start_timeout_s)
         prune_logs(Path(self._instance.log_path).parent, LOGS_KEPT, self._registry.log_paths())
 
@@ -370,21 +377,28 @@ class Keeper:
             dying = self._served and self._instance.leases and self._engine is not None and self._engine.running()
             if dying and now - self._instance.changed_at < LAST_WORDS_S:
                 return
-            if not self._clean_up(self._death()):
+            if not self._end_processes(self._death()) or self._asks_who_has_its_room(now):
                 return      # what cannot be killed holds its memory: a new one would fail
+            self._let_go()
         self._registry.restart_if_due(self._instance)
+
+    def _asks_who_has_its_room(self, now: float) -> bool:
+        """Whether it is not clear yet why a start ran out of memory: if strangers came, it was not too large."""
+        if self._instance.squeeze is None:
+            return False
+        if (robbed := self._tenancy.robbed(now)):
+            self._registry.was_robbed(self._instance)
+        return robbed is None
 
     def _death(self) -> DaemonError:
         """What requests in flight are told of it."""
         problem = self._instance.last_error
         return EngineDied("the engine died") if problem is None else EngineDied(problem.message, code=problem.code)
 
-    def _clean_up(self, error: DaemonError) -> bool:
-        """End the tree and what waits on it, then free port and devices; True when no process is left."""
-        if not self._end_processes(error) and self._instance.state is State.BACKOFF:
-            return False
+    def _clean_up(self, error: DaemonError) -> None:
+        """End the tree and what waits on it, then free port and devices."""
+        self._end_processes(error)
         self._let_go()
-        return True
 
     def _end_processes(self, error: DaemonError) -> bool:
         if self._health is not None:

@@ -206,7 +206,7 @@ class Registry:
             now = self.clock()
             instance.names = _names(instance.spec, names)
             instance.last_used, instance.phase, instance.progress = now, str(found), 1.0
-            instance.ready_at, instance.squeeze = now, None
+            instance.ready_at, instance.squeeze, instance.robbed = now, None, 0
             if instance.launched_at is not None:
                 self._took("load", now - instance.launched_at)
             instance.engine, instance.on_demand = facts, False

@@ -23,6 +23,9 @@ log = logging.getLogger("vllm_server.instances")
 HOPELESS_S = 5.0        # memory that a driver frees late looks like a stranger's for a moment
 OUT_OF_MEMORY = frozenset({"gpu_memory_in_use", "out_of_memory", "kv_cache_too_small"})
 """Causes of a failed start that more room, or a smaller KV cache, may heal."""
+DISTURBED = "memory_profiling_failed"
+"""That others gave back memory while it measured: it has only to be begun anew."""
+ROBBED_ALLOWED = 3      # starts that strangers spoil before they count as failures, with their pauses
 
 
 @dataclass(frozen=True)
@@ -153,14 +156,28 @@ class Rooms(Registry):
         """One that ran out of memory tries once more; `fixed` are flags that the user has set."""
         with self._changed:
             suggested = {name: value for name, value in (problem.suggestion or {}).items() if name not in fixed}
-            again = problem.code in OUT_OF_MEMORY and (problem.code != "kv_cache_too_small" or suggested)
-            if not again or instance.state is not State.STARTING or instance.squeeze is not None:
+            disturbed = problem.code == DISTURBED and instance.robbed < ROBBED_ALLOWED
+            again = disturbed or (problem.code in OUT_OF_MEMORY and instance.squeeze is None and (
+                problem.code != "kv_cache_too_small" or suggested))
+            if not again or instance.state is not State.STARTING:
                 self._record_problem(instance, problem)
                 return
             self._counters["memory_retries"] += 1
             instance.last_error = problem
-            instance.squeeze = Squeeze(instance.memory_planned_bytes, suggested)
+            if disturbed:
+                instance.robbed += 1
+            else:
+                instance.squeeze = Squeeze(instance.memory_planned_bytes, suggested)
             self._restart_now(instance, problem)
+
+    def was_robbed(self, instance: Instance) -> None:
+        """Its start failed because others took its room meanwhile: the next one is as if this had never been."""
+        with self._changed:
+            if instance.squeeze is not None and instance.robbed < ROBBED_ALLOWED:
+                instance.squeeze = None
+                instance.robbed += 1
+                log.info("%s (%s): other processes took its room while it started; it seeks anew", instance.id,
+                         instance.spec.model)
 
     def lose_room(self, instance: Instance, problem: Problem) -> None:
         """What it was promised does not come free: it seeks anew, one that was to wake sleeps on until then."""
@@ -168,8 +185,13 @@ class Rooms(Registry):
             if instance.state is State.WAKING:
                 instance.last_error, instance.grant, instance.evicts = problem, None, frozenset()
                 instance.change_state(State.SLEEPING, self.clock(), problem.message)
-            else:
+            elif instance.state is not State.STARTING or instance.robbed >= ROBBED_ALLOWED:
                 self._record_problem(instance, problem)
+            else:
+                log.info("%s (%s): %s; it seeks anew", instance.id, instance.spec.model, problem.message)
+                instance.robbed += 1
+                instance.phase, instance.devices, instance.memory_planned_bytes = "waiting_for_room", (), None
+                self._moved_out(instance)
 
     # --- inside; the caller holds the lock ------------------------------------------------------------------------
 

@@ -16,7 +16,8 @@ from instances.resources import GIB, Resources
 from instances.rooms import Rooms
 from instances.settling import Settling
 
-MEMORY_WAIT_S = 30.0        # for memory that was promised and that somebody still has
+MEMORY_WAIT_S = 30.0        # for memory that was promised and that somebody still has,
+STILL_LACKS_S = 3.0         # if it becomes more; what lacks as much for so long is a stranger's
 ASLEEP_BYTES = 2 * GIB      # of a GPU, what a sleeper holds until it was measured: CUDA's context and more
 FREED_SHARE = 0.1           # a sleeper that has given back less does not really sleep
 
@@ -28,6 +29,7 @@ class Tenancy:
         self._resources = resources
         self._arranger = arranger
         self._lacks_since: float | None = None
+        self._lacks: tuple[float, dict[int, int]] = (0.0, {})       # how much, and since when so much
         self._leaving: Settling | None = None
         self._held_awake: Mapping[int, int] | None = None
 
@@ -36,7 +38,8 @@ class Tenancy:
     def enter(self, now: float) -> bool:
         """Whether it may take its room now: it was promised, who had to go is gone, and it has its turn there.
 
-        Raises NoRoom when the memory does not come free although nobody of ours has it.
+        The devices are asked once more at the last moment.  Raises NoRoom when its memory does not come free although
+        nobody of ours has it: somebody else was quicker.
         """
         one = self._instance
         if one.grant is None:
@@ -50,18 +53,26 @@ class Tenancy:
             return False
         if lacking := self._lacking(now):
             self._rooms.note_phase(one, "waiting_for_memory")
-            self._lacks_since = now if self._lacks_since is None else self._lacks_since
-            if now - self._lacks_since >= MEMORY_WAIT_S:
-                self._lacks_since = None
-                self.end_turn()
-                missing = ", ".join(f"{count / GIB:.1f} GiB on GPU {index}" for index, count in lacking.items())
-                raise NoRoom(f"{one.spec.names[0]} was promised room that did not come free within {MEMORY_WAIT_S:g} s"
-                             f": it lacks {missing}, which no instance holds; GET /gpus shows who does")
+            self._await_memory(lacking, now)
             return False
         self._lacks_since = None
         self.recall(one.engine, now)
         self._rooms.note_used_before(one, self._resources.used_on(one.devices, now))
         return True
+
+    def _await_memory(self, lacking: dict[int, int], now: float) -> None:
+        """Raises NoRoom once that is of no use any more."""
+        if self._lacks_since is None:
+            self._lacks_since, self._lacks = now, (now, lacking)
+        if lacking != self._lacks[1]:
+            self._lacks = now, lacking
+        if now - self._lacks_since < MEMORY_WAIT_S and now - self._lacks[0] < STILL_LACKS_S:
+            return
+        self._lacks_since = None
+        self.end_turn()
+        missing = ", ".join(f"{count / GIB:.1f} GiB on GPU {index}" for index, count in lacking.items())
+        raise NoRoom(f"{self._instance.spec.names[0]} was promised room that does not come free: it lacks {missing}, "
+                     "which no instance holds; GET /gpus shows who does")
 
     def take_turn(self, now: float) -> bool:
         mine = self._resources.take_turn(self._instance.id, self._instance.devices, now)
@@ -86,6 +97,16 @@ class Tenancy:
             if lack > 0:
                 found[device.index] = lack
         return found
+
+    def robbed(self, now: float) -> bool | None:
+        """Whether others have its room, now that its engine has failed to start for want of memory and is gone; None
+        while what that held itself may not be free yet."""
+        if self._leaving is None:
+            self._leaving = Settling(self._resources.devices.read, self._instance.devices, self._instance.used_before)
+        if not self._leaving.look(now):
+            return None
+        self._leaving = None
+        return bool(self._lacking(now))
 
     # --- there ----------------------------------------------------------------------------------------------------
 

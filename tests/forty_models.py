@@ -7,12 +7,15 @@ takes seconds as it would take minutes on a real box.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import random
+import re
 import threading
 import time
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +56,17 @@ KINDS = {size.name: (size.colour, f"{size.count} {size.name} ({size.weights_gib:
     "foreign": ("#777", "foreign processes")}
 SCHEDULE = ((8, 2, 30.0, 22), (12, 5, 60.0, 12), (20, 0, 15.0, 35), (30, 7, 45.0, 15), (42, 3, 70.0, 10))
 """Foreigners: when (seconds), on which GPU, how many GiB at the most, for how long."""
+PERIOD_S = 60.0
+LOOK_S = 0.5        # at most, from the last look at the devices until the launch is in the log: it is a busy machine
+
+
+@dataclass(frozen=True)
+class Visit:
+    """A foreigner that comes or goes: when (wall clock), and to which GPU."""
+
+    at: float
+    device: int
+    comes: bool
 
 
 @dataclass(frozen=True)
@@ -60,7 +74,7 @@ class Outcome:
     exchanges: list[Exchange]
     loads: int
     refused: list[str]          # claims that found no room
-    arrivals: list[tuple[float, int]]   # wall time and GPU of each foreigner
+    visits: list[Visit]
     moments: list[Moment]
     log: str
 
@@ -105,16 +119,13 @@ def choose(client: int, number: int) -> Ask:
 
 
 class Foreigners:
-    """They come and go by SCHEDULE; each takes what is free, once nothing starts on its GPU.
-
-    What is taken between the plan of a start and the start itself fails that start on any machine: that is no fault.
-    """
+    """They come and go by SCHEDULE, again and again, and ask nobody: each takes the most of what is free then."""
 
     def __init__(self, box: GpuBox) -> None:
         self._box = box
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="foreigners")
-        self.arrivals: list[tuple[float, int]] = []
+        self.visits: list[Visit] = []
 
     def __enter__(self) -> Foreigners:
         self._thread.start()
@@ -127,27 +138,22 @@ class Foreigners:
     def _run(self) -> None:
         began, here = time.monotonic(), {}
         events = sorted([(at, visit) for visit in SCHEDULE for at in (visit[0], visit[0] + visit[3])])
-        for at, visit in events:
+        for at, visit in ((lap * PERIOD_S + at, visit) for lap in itertools.count() for at, visit in events):
             if self._over.wait(max(0.0, began + at - time.monotonic())):
                 return
             if visit in here:
                 here.pop(visit).free()
+                self.visits.append(Visit(time.time(), visit[1], comes=False))
             elif (foreign := self._come(*visit[1:3])) is not None:
                 here[visit] = foreign
 
     def _come(self, device: int, gib: float) -> Foreign | None:
-        patience = time.monotonic() + 5
-        while self._starts_on(device) and time.monotonic() < patience and not self._over.wait(0.05):
-            pass
         free = self._box.capacity(device) / GIB - self._box.held(device)
-        self.arrivals.append((time.time(), device))
         with contextlib.suppress(NoMemory):
-            return self._box.hold(device, min(gib, free * 0.95))
+            foreign = self._box.hold(device, min(gib, free * 0.95))
+            self.visits.append(Visit(time.time(), device, comes=True))
+            return foreign
         return None
-
-    def _starts_on(self, device: int) -> bool:
-        return any(device in one["gpus"] and one["status"] in ("starting", "waking")
-                   for one in self._box.daemon.instances())
 
 
 def run(folder: Path, seconds: float, clients: int = CLIENTS) -> Outcome:
@@ -157,14 +163,42 @@ def run(folder: Path, seconds: float, clients: int = CLIENTS) -> Outcome:
             exchanges = run_clients(f"http://127.0.0.1:{box.daemon.port}", clients, choose, seconds)
         box.daemon.remove()
         log = box.daemon.log
-        return Outcome(exchanges, loads(log), box.refused(), foreigners.arrivals, recorder.moments, log)
+        return Outcome(exchanges, loads(log), box.refused(), foreigners.visits, recorder.moments, log)
+
+
+def spoilt(outcome: Outcome) -> list[str]:
+    """Starts and wakes that found less memory than was there when they began, by what their engines were refused.
+
+    No machine can prevent these: a foreigner came to that GPU (or gave back memory while an engine measured) after the
+    daemon had looked for the last time, and before the engine had taken all that it was promised.
+    """
+    places: list[tuple[str, float, set[int]]] = []      # id, when it was promised them, GPUs
+    begun: list[tuple[str, float]] = []
+    for line in outcome.log.splitlines():
+        if found := re.search(r"([0-9a-f]{8}) \(\S+\): (?:devices \[([\d, ]+)\]|launched, )", line):
+            if found[2]:
+                places.append((found[1], _seconds(line), set(map(int, found[2].split(", ")))))
+            else:
+                begun.append((found[1], _seconds(line)))
+    hit = []
+    for line in outcome.refused:
+        at, name = float(line.split()[0]), line.split()[1]
+        gpus = next((gpus for one, when, gpus in reversed(places) if one == name and when <= at), set())
+        since = max((when for one, when in begun if one == name and when <= at), default=at)
+        if any(visit.device in gpus and since - LOOK_S <= visit.at <= at for visit in outcome.visits):
+            hit.append(line)
+    return hit
 
 
 def unexplained(outcome: Outcome) -> list[str]:
-    """Refused claims but for those on a GPU that a foreigner came to in the second before."""
-    return [line for line in outcome.refused
-            if not any(f"device {device}" in line and 0 <= float(line.split()[0]) - at < 1
-                       for at, device in outcome.arrivals)]
+    """Claims of engines that found no room although no foreigner was to blame."""
+    hit = spoilt(outcome)
+    return [line for line in outcome.refused if line not in hit and line.split()[1] != "foreign"]
+
+
+def _seconds(line: str) -> float:
+    """When a line of the daemon's log was written."""
+    return datetime.strptime(line[:23], "%Y-%m-%d %H:%M:%S,%f").timestamp()
 
 
 def sizes_gib() -> dict[int, float]:

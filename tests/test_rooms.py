@@ -9,8 +9,8 @@ import pytest
 
 from errors import Conflict, NoRoom
 from instances.instance import InstanceView, State
-from instances.rooms import HOPELESS_S
-from instances.tenancy import MEMORY_WAIT_S
+from instances.rooms import HOPELESS_S, ROBBED_ALLOWED
+from instances.tenancy import MEMORY_WAIT_S, STILL_LACKS_S
 from tests.instance_world import GIB, FakeEngine, World, cuda
 
 Patch = pytest.MonkeyPatch
@@ -431,6 +431,79 @@ def test_idle_ones_go_for_the_second_try(tmp_path: Path, monkeypatch: Patch) -> 
     assert state(world, "b") is None and len(world.engines_of(a)) == 2
     assert world.engine(a).flag("--gpu-memory-utilization") == "0.45"      # the user's own
     assert "second try" in world.view(a).because
+
+
+# --- strangers that are quicker -----------------------------------------------------------------------------------
+
+def test_room_that_a_stranger_takes_before_the_start_is_sought_elsewhere(tmp_path: Path, monkeypatch: Patch) -> None:
+    world = world_of(tmp_path, monkeypatch, {"a": dict(HALF), "b": dict(LARGE)}, gpus=2)
+    world.devices.devices = (cuda(0), cuda(1, free_gib=30))
+    world.served("a")
+    idle(world)
+    world.devices.lag_s = 2.0
+    b = world.demand("b")
+    with world.waiting("b"):
+        world.step(0.1, times=5)
+        assert world.view(b).devices == (0,)
+        world.devices.devices = (cuda(0, free_gib=60), cuda(1))
+        began = world.now
+        while not world.engines_of(b):
+            world.step(0.1)
+            assert world.view(b).state is State.STARTING
+        assert world.view(b).devices == (1,) and world.now - began < 2 * STILL_LACKS_S
+        up(world.engine(b), world)
+    found = world.view(b)
+    assert (found.state, found.restarts, found.last_error) == (State.READY, 0, None)
+    world.devices.assert_not_over()
+
+
+@pytest.mark.parametrize("lag_s", [0.0, 0.5])
+def test_a_start_that_a_stranger_spoils_is_not_too_large(tmp_path: Path, monkeypatch: Patch, lag_s: float) -> None:
+    world = world_of(tmp_path, monkeypatch, {"a": {"memory_mb": 20 << 10}, "b": dict(HALF)}, gpus=2)
+    world.devices.devices = (cuda(0), cuda(1, free_gib=50))
+    assert world.served("b").devices == (1,)
+    idle(world)
+    world.devices.lag_s = lag_s
+    a = world.demand("a")
+    with world.waiting("a"):
+        world.step(0.1)
+        assert world.view(a).devices == (0,)
+        share = world.engine(a).flag("--gpu-memory-utilization")
+        world.engine(a).dies(1, OOM)
+        world.devices.devices = (cuda(0, free_gib=5), cuda(1))
+        world.step(0.1, times=20)
+        assert world.view(a).devices == (1,) and world.engine(a).flag("--gpu-memory-utilization") == share
+        assert state(world, "b") is State.READY and world.instance(a).squeeze is None
+        up(world.engine(a), world)
+    assert world.view(a).state is State.READY and world.manager.counters["memory_retries"] == 1
+
+
+def test_one_whose_room_is_taken_again_and_again_waits_as_others_do(tmp_path: Path, monkeypatch: Patch) -> None:
+    world = world_of(tmp_path, monkeypatch, {"a": {"memory_mb": 20 << 10}})
+    a = world.demand("a")
+    with world.waiting("a"):
+        for number in range(ROBBED_ALLOWED + 2):
+            world.devices.devices = (cuda(0),)
+            world.step(0.1, times=5)
+            assert len(world.engines_of(a)) == number + 1
+            assert world.view(a).state is State.STARTING
+            world.devices.devices = (cuda(0, free_gib=10),)
+            world.engine(a).dies(1, IN_USE)
+            world.step(0.1, times=14 if number <= ROBBED_ALLOWED else 1)
+        assert world.view(a).state is State.BACKOFF and "failures" not in world.manager.counters
+
+
+def test_one_that_was_disturbed_while_it_measured_begins_anew_at_once(tmp_path: Path, monkeypatch: Patch) -> None:
+    world = world_of(tmp_path, monkeypatch, {"a": {"memory_mb": 20 << 10}})
+    a = world.demand("a")
+    with world.waiting("a"):
+        for number in range(ROBBED_ALLOWED + 1):
+            world.step(0.1, times=5)
+            assert len(world.engines_of(a)) == number + 1
+            world.engine(a).dies(1, "AssertionError: Error in memory profiling. Initial free memory 10.0 GiB, current "
+                                    "free memory 20.0 GiB.\n")
+        world.step(0.1)
+        assert world.view(a).state is State.BACKOFF
 
 
 # --- what is learned, and what a load would do --------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""More models than fit, for a minute: nobody is refused, lost or starved."""
+"""More models than fit, for a minute: nobody is refused, lost or starved, and no GPU is ever over its memory."""
 
 from __future__ import annotations
 
@@ -10,13 +10,26 @@ from pathlib import Path
 import pytest
 
 from instances.switching import longest_wait_s as bound_s
-from tests import three_models
+from tests import forty_models, three_models
 from tests.gpu_box import needs_compiler
 from tests.traffic import longest_wait_s, problems
 
 pytestmark = [needs_compiler, pytest.mark.timeout(1200)]
 
 SECONDS = float(os.environ.get("BOX_SECONDS", "60"))
+
+
+def test_forty_models_on_eight_gpus_that_foreigners_use_too(tmp_path: Path) -> None:
+    """What a foreigner's arrival may cost is a start that was under way on its GPU, never a request."""
+    outcome = forty_models.run(tmp_path, SECONDS)
+    assert problems(outcome.exchanges) == []
+    assert forty_models.unexplained(outcome) == [], outcome.log
+    asked = {one.model for one in outcome.exchanges}
+    assert {name.partition("-")[0] for name in asked} == {size.name for size in forty_models.SIZES}
+    assert outcome.loads > len(asked), "nobody had to make room"
+    assert outcome.visits
+    spoilt = {line.split()[1] for line in forty_models.spoilt(outcome)}
+    assert [line for line in failures(outcome.log) if not any(name in line for name in spoilt)] == []
 
 
 def test_two_hundred_clients_share_a_gpu_among_three_models(tmp_path: Path) -> None:
