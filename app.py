@@ -44,6 +44,7 @@ from web.worker import Service
 
 VERSION = "0.1.0"
 ADDRESS_WAIT_S = 2.0
+SCALE_S = 1.0                   # between two looks at how many replicas there should be
 CLIENT_CLOSED_REQUEST = 499     # nginx's status for a client that left; nobody reads it
 
 log = logging.getLogger("vllm_server")
@@ -147,6 +148,8 @@ class Daemon:
         self.manager = InstanceManager(settings, state_dir)
         self.router = Router(self.manager)
         self.reloader = Reloader(lambda: read_settings(arguments), self.manager, watch, self.router.use)
+        self._scaler = Loop(name="scaler", interval_s=SCALE_S,
+                            tick=lambda now: self.manager.scale(now, self.router.engine_loads()))
         self._config_watch = Loop(name="config-watch", tick=self.reloader.tick, interval_s=EVERY_S)
         self.audit = AuditLog(state_dir.path / "audit.log")
         self.live = live.Live(self.router, simulated=is_simulated(settings.command))
@@ -162,6 +165,7 @@ class Daemon:
         self.live.start()
         self.manager.start()
         self._config_watch.start()
+        self._scaler.start()
 
     def close_door(self) -> None:
         self.manager.close_door()
@@ -169,6 +173,7 @@ class Daemon:
 
     def stop(self, hurry: Any, alive: Any) -> None:
         self._config_watch.stop()
+        self._scaler.stop()
         self.manager.shutdown(keep=self.manager.settings.keep_instances, hurry=hurry, alive=alive)
         self.router.close()
         self.audit.close()

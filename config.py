@@ -88,6 +88,9 @@ class Settings:
     sleep_host_memory_bytes: int | None      # most of the host's memory for sleepers; None: half of it
     max_hold_s: float
     max_queue: int                           # requests that wait for one model
+    replicas_grow_waiting: int               # more of them for each replica, on average, are too many
+    replicas_grow_s: float
+    replicas_shrink_s: float
     loading_comments: bool
     routing_policy: str                      # a name of routing.policies.POLICIES
     prefer_local: bool

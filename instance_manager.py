@@ -3,9 +3,9 @@
 Everything that others must agree on is decided under the one lock and acted on outside it: keepers (one thread an
 instance, instances/keeper.py) do the I/O, request threads hold leases, the reaper's `tick(now)` ends what idles.
 
-One class in four layers: instances/registry.py (instances, leases, queues), rooms.py (who has which memory, who seeks
-some, and who goes for it), demand.py (models of the catalog: loaded for requests, replaced when they change), and this
-file, in the order of an instance's life.
+One class in five layers: instances/registry.py (instances, leases, queues), rooms.py (who has which memory, who seeks
+some, and who goes for it), demand.py (models of the catalog: loaded for requests, replaced when they change),
+replicas.py (how many of each), and this file, in the order of an instance's life.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import gpu
 from config import Settings, diff
 from errors import Conflict, EngineStopped, ManagerError, ShuttingDown, TooManyInstances
 from instances.arranger import Arranger, PlanReport
-from instances.demand import Demand
 from instances.instance import ACTIVE, Haste, Instance, InstanceSpec, InstanceView, State
 from instances.keeper import Keeper
 from instances.launcher import Launcher
 from instances.loop import Loop
 from instances.placement import Plan
 from instances.registry import LOOK_S
+from instances.replicas import Replicas
 from instances.resources import Resources
 from instances.specs import CreateRequest, differences, entry_for, spec_for, spec_of
 from instances.store import Record, StateDir
@@ -45,7 +45,7 @@ FIXED = ("host", "port", "threads", "keepalive_s", "max_connections", "relays", 
 """Settings that a reload leaves as they were at the start."""
 
 
-class InstanceManager(Demand):
+class InstanceManager(Replicas):
     """Thread-safe.  `start()` takes over what an earlier daemon left and begins to reap; `shutdown()` ends it."""
 
     def __init__(self, settings: Settings, state_dir: StateDir, *, launcher: Launcher | None = None,
@@ -96,6 +96,7 @@ class InstanceManager(Demand):
             replaced = active if request.replace and not request.new else []
             self._check_room(len(replaced))
             instance = self._add(spec, after=frozenset(one.id for one in replaced))
+            instance.apart = request.new
         self._begin(instance)
         with self._changed:
             now = self.clock()
@@ -159,6 +160,10 @@ class InstanceManager(Demand):
         now = self.clock()
         return self._arranger.report(there or Instance(
             id="", spec=spec, created_at=0.0, last_used=now, log_path="", seated=False), now)
+
+    def why_no_room(self, instance: Instance) -> str | None:
+        report = self._arranger.report(instance, self.clock(), may_evict=False)
+        return None if report.fits else report.because
 
     def expected_start_s(self, name: str) -> float | None:
         """How long a start of this model, or a wake of it if it sleeps, took before; None: nobody knows."""
@@ -300,7 +305,7 @@ class InstanceManager(Demand):
             runs=engine.alive if engine else lambda: False,
             grant=Plan(record.devices, None, record.memory_planned_bytes, record.because) if engine else None,
             memory_planned_bytes=record.memory_planned_bytes if engine else None, because=record.because,
-            asleep_level=record.asleep_level if engine else 0,
+            asleep_level=record.asleep_level if engine else 0, grown=record.grown, apart=record.apart,
             why="found again" if engine else "no engine of it was running; starting anew")
         if engine is not None and record.port is not None:
             self.resources.ports.take(record.id, record.port)
@@ -332,7 +337,7 @@ class InstanceManager(Demand):
         why = f"idle for {instance.spec.timeout_s:g} s"
         if instance.state is State.SLEEPING:
             self._begin_stop(instance, Haste.DRAIN, f"asleep for {instance.spec.stop_after_s:g} s")
-        elif (instance.state is State.READY and instance.spec.sleep_level
+        elif (instance.state is State.READY and instance.spec.sleep_level and not instance.grown
                 and self._make_host_room(instance, host_bytes)):
             self._begin_sleep(instance, instance.spec.sleep_level, why, drowsy=True)
         elif instance.state in (State.READY, State.BACKOFF):

@@ -20,7 +20,8 @@ from werkzeug.exceptions import ClientDisconnected
 from config import Key, Settings
 from errors import BadRequest, Forbidden, ModelNotFound, NotFound, TooLarge, UpgradeRequired, UpstreamError
 from instance_manager import InstanceManager
-from instances.instance import ACTIVE, Lease, State
+from instances.instance import ACTIVE, Candidate, Lease, State
+from instances.replicas import EngineLoad
 from routing import commented, limits, paths, requested_model
 from routing.answer import Answer
 from routing.balancer import Balancer
@@ -105,15 +106,26 @@ class Router:
         self.watch.close()
         self._upstream.close()
 
+    def engine_loads(self) -> dict[str, EngineLoad]:
+        """Of the instances whose load decides how many there are."""
+        scaled = self.manager.scaled()
+        if not scaled:
+            return {}
+        found = {view.id: self.balancer.local_view(Candidate(view.id, view.state, view.in_flight))[0]
+                 for view in self.manager.snapshot() if view.id in scaled}
+        return {id_: EngineLoad(one.running, one.waiting, one.capacity) for id_, one in found.items()}
+
     def _targets(self) -> Iterator[LocalTarget]:
-        """The instances that serve; the load of one decides something only where there is a choice."""
+        """The instances that serve; the load of one decides something only where there is a choice, or where it decides
+        how many there are."""
+        scaled = self.manager.scaled()
         ready = [view for view in self.manager.snapshot() if view.state is State.READY and view.port is not None]
         for view in ready:
             name = view.names[0]
             alone = sum(name in other.names for other in ready) == 1 and not any(map(len, self.fleet.pools(name)))
             capacity = view.spec.flags.get("max_num_seqs")
             yield LocalTarget(view.id, view.port or 0, capacity if isinstance(capacity, int) else DEFAULT_CAPACITY,
-                              watched=not alone)
+                              watched=not alone or view.id in scaled)
 
     # --- the ways in ----------------------------------------------------------------------------------------------
 

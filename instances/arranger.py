@@ -67,7 +67,7 @@ class Arranger:
                 pass
             self._seen = (self._rooms.epoch, now)
 
-    def report(self, instance: Instance, now: float) -> PlanReport:
+    def report(self, instance: Instance, now: float, *, may_evict: bool = True) -> PlanReport:
         """For one that is there, or that might be.  Nothing is promised."""
         if instance.grant is not None:
             return PlanReport(True, instance.devices, instance.memory_planned_bytes, "running", (), (), 0.0,
@@ -77,7 +77,7 @@ class Arranger:
         need, settings = self._resources.need(instance, now, state), self._resources.settings
         reading = self._resources.read(now)
         survey = self._rooms.survey(reading, max_hold_s=settings.max_hold_s, max_instances=settings.max_instances)
-        found = decide(seeker, need, reading.devices, survey, self._resources.limits(now), may_evict=True)
+        found = decide(seeker, need, reading.devices, survey, self._resources.limits(now), may_evict=may_evict)
         entry = self._resources.known(instance.spec, now)
         seconds = None if entry is None else entry.median_wake_s if state is State.WAKING else entry.reload_s
         if isinstance(found, Refusal):

@@ -192,6 +192,8 @@ class InstanceView:
     engine: Mapping[str, Any]
     asleep_level: int = 0               # how deep it sleeps, 0 while it is awake
     because: str = ""                   # why it stands on these devices, and who went for it
+    grown: bool = False                 # added for load
+    apart: bool = False                 # made with `new`, beside its model's replicas
 
 
 @dataclass(frozen=True)
@@ -240,6 +242,8 @@ class Instance:
     host_bytes: int = 0                 # of the host's RAM, what it holds asleep or would
     seated: bool = True                 # it counts for VLLM_MAX_INSTANCES; a load on demand only once it has room
     modest: bool = False                # it is loaded ahead of requests: nobody goes for it
+    grown: bool = False                 # one more for load: nobody ever goes for it, and it does not sleep but stops
+    apart: bool = False                 # made with `new`: its model's replicas are counted without it
     wanted_at: float = 0.0              # monotonic: since when it wants room
     ready_at: float = 0.0               # monotonic: since when it holds what it has
     no_hope_since: float | None = None  # monotonic: since when nobody could make that room
@@ -332,4 +336,4 @@ class Instance:
             expires_in_s=self.expires_in(now), restarts=self.restarts,
             retry_in_s=max(0.0, self.retry_at - now) if self.state is State.BACKOFF and self.retry_at else None,
             last_error=self.last_error, log_path=self.log_path, engine=dict(self.engine),
-            asleep_level=self.asleep_level, because=self.because)
+            asleep_level=self.asleep_level, because=self.because, grown=self.grown, apart=self.apart)

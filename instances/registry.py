@@ -94,7 +94,8 @@ class Registry:
         """What has happened since the daemon began; a name is there once it has happened.
 
         loads (of models of the catalog), cancelled_loads, failures, restarts, memory_retries, idle_stops, sleeps,
-        sleep_failures, wakes, wake_fallbacks, evictions_idle, evictions_in_use, evictions_host_memory
+        sleep_failures, wakes, wake_fallbacks, evictions_idle, evictions_in_use, evictions_host_memory, replicas_added,
+        replicas_removed
         """
         with self._changed:
             return dict(self._counters)
@@ -106,7 +107,7 @@ class Registry:
 
     @property
     def seconds(self) -> dict[str, tuple[int, float]]:
-        """How many loads (from the launch on) and wakes there were, and how long they took, all together."""
+        """How many loads (from the launch on), wakes and swaps there were, and how long they took, all together."""
         with self._changed:
             return dict(self._seconds)
 
@@ -209,6 +210,7 @@ class Registry:
             instance.ready_at, instance.squeeze, instance.robbed = now, None, 0
             if instance.launched_at is not None:
                 self._took("load", now - instance.launched_at)
+            self._note_swap(instance, now)
             instance.engine, instance.on_demand = facts, False
             if found is State.READY:
                 instance.asleep_level = 0
@@ -248,6 +250,7 @@ class Registry:
                 self._counters["wakes"] += 1
                 now = self.clock()
                 self._took("wake", now - instance.changed_at)
+                self._note_swap(instance, now)
                 instance.asleep_level, instance.phase, instance.last_used = 0, "ready", now
                 instance.ready_at, instance.wake_wanted = now, False
                 instance.change_state(State.READY, now, f"awake: {instance.why}")
@@ -319,6 +322,12 @@ class Registry:
     def _took(self, what: str, seconds: float) -> None:
         number, total_s = self._seconds.get(what, (0, 0.0))
         self._seconds[what] = number + 1, total_s + seconds
+
+    def _note_swap(self, instance: Instance, now: float) -> None:
+        """It is ready; if others had to go for it, that was a swap."""
+        plan = instance.grant
+        if plan is not None and (plan.sleep or plan.stop or plan.after):
+            self._took("swap", now - instance.wanted_at)
 
     def _view(self, instance: Instance) -> InstanceView:
         return instance.view(self.clock(), self._wall())

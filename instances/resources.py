@@ -216,7 +216,8 @@ class Resources:
     def record(self, view: InstanceView, engine: EngineRecord | None) -> Record:
         return Record(id=view.id, spec=view.spec, state=view.state, created_at=view.created_at, port=view.port,
                       devices=view.devices, restarts=view.restarts, engine=engine, asleep_level=view.asleep_level,
-                      memory_planned_bytes=view.memory_planned_bytes, because=view.because)
+                      memory_planned_bytes=view.memory_planned_bytes, because=view.because, grown=view.grown,
+                      apart=view.apart)
 
     def forget(self, instance_id: str) -> None:
         """Remove its record: nothing of it is left to find again."""

@@ -109,8 +109,7 @@ class Rooms(Registry):
                 return
             one.phase, one.because = "waiting_for_room", error.message
             if seeker.modest:
-                log.warning("%s is not loaded ahead of requests: %s", one.spec.names[0], error.message)
-                self._begin_stop(one, Haste.KILL, "there was no room to load it ahead of requests")
+                self._give_up_modest(one, error.message)
                 return
             permanent = error.code != NoRoom.code
             one.no_hope_since = None if not hopeless else now if one.no_hope_since is None else one.no_hope_since
@@ -198,6 +197,15 @@ class Rooms(Registry):
     def _begin_stop(self, instance: Instance, haste: Haste, why: str) -> None:
         raise NotImplementedError
 
+    def _give_up_modest(self, one: Instance, why: str) -> None:
+        what = "for load" if one.grown or one.state is State.WAKING else "ahead of requests"
+        log.warning("%s is not loaded %s: %s", one.spec.names[0], what, why)
+        if one.state is State.WAKING:
+            one.wake_wanted = False
+            one.change_state(State.SLEEPING, self.clock(), f"no room to wake it {what}")
+        else:
+            self._begin_stop(one, Haste.KILL, f"there was no room to load it {what}")
+
     def _on_change(self, instance: Instance, old: State) -> None:
         super()._on_change(instance, old)
         self._room_changed()
@@ -254,7 +262,8 @@ class Rooms(Registry):
             count, since = self._line(one)
             if not one.on_demand and one.state is State.STARTING:   # somebody ordered it, who need not wait here
                 count, since = max(1, count), min(since, one.wanted_at)
-            found[one.id] = Seeker(one, one.state, since, count, one.modest and not self._wanted(one))
+            modest = one.grown or (one.modest and not self._wanted(one))
+            found[one.id] = Seeker(one, one.state, since, count, modest)
             # of two that came at once, the one that was made first
             waiters.append(switching.Waiter(one.id, count, now - since - 1e-9 * len(waiters)))
         return [found[id_] for id_ in switching.order(waiters)]

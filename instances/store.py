@@ -54,6 +54,8 @@ class Record:
     asleep_level: int = 0
     memory_planned_bytes: int | None = None     # of each device
     because: str = ""
+    grown: bool = False
+    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,7 @@ def _record(data: Mapping[str, Any]) -> Record:
         restarts=_whole(data["restarts"]),
         asleep_level=_whole(data.get("asleep_level", 0)), because=_text(data.get("because", "")), spec=_spec(spec),
         memory_planned_bytes=_optional(_whole, data.get("memory_planned_bytes")),
+        grown=data.get("grown", False) is True, apart=data.get("apart", False) is True,
         engine=None if engine is None else EngineRecord(
             pid=_pid(engine["pid"]), started_ticks=_whole(engine["started_ticks"]),
             boot_id=_text(engine["boot_id"]), run_dir=_text(engine["run_dir"]),

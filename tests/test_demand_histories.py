@@ -21,6 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from errors import Conflict, DaemonError, NotFound, NotReady
 from instance_manager import CreateRequest
 from instances.instance import ACTIVE, Haste, Lease, State
+from instances.replicas import EngineLoad
 from tests.instance_world import GIB, FakeEngine, World, cuda
 
 Models = dict[str, dict[str, object]]
@@ -31,7 +32,8 @@ MODELS: Models = {
     "other": {"memory_mb": 30 << 10, "idle_timeout_seconds": 40},
     "wide": {"params": {"gpu_memory_utilization": 0.4}, "gpus": 2, "sleep": 2},
     "dear": {"memory_mb": 20 << 10, "priority": 5, "preload": True},
-    "many": {"params": {"gpu_memory_utilization": 0.2}, "replicas": {"min": 2, "max": 2}},
+    "many": {"params": {"gpu_memory_utilization": 0.2}, "replicas": {"min": 2, "max": 4}, "sleep": 1},
+    "grows": {"params": {"gpu_memory_utilization": 0.25}, "replicas": {"min": 1, "max": 3}},
 }
 NAMES = st.sampled_from(sorted(MODELS))
 WHICH = st.integers(0, 9)
@@ -66,7 +68,8 @@ class Histories(RuleBasedStateMachine):
         self.patch = pytest.MonkeyPatch()
         self.folder = Path(tempfile.mkdtemp(prefix="demand"))
         self.world = World(self.folder, self.patch, MODELS, VLLM_MAX_INSTANCES=5, PROBE_INTERVAL=30, PROBE_TIMEOUT=60,
-                           DRAIN_TIMEOUT=DRAIN_S, MAX_HOLD_SECONDS=HOLD_S, MAX_QUEUE=6, SLEEP_HOST_MEMORY_MB=60 << 10)
+                           DRAIN_TIMEOUT=DRAIN_S, MAX_HOLD_SECONDS=HOLD_S, MAX_QUEUE=6, SLEEP_HOST_MEMORY_MB=60 << 10,
+                           REPLICAS_GROW_SECONDS=5, REPLICAS_SHRINK_SECONDS=20)
         self.world.devices.devices = (cuda(0), cuda(1))
         self.world.manager.start()
         self.models: Models = dict(MODELS)
@@ -74,6 +77,7 @@ class Histories(RuleBasedStateMachine):
         self.fails: dict[str, str] = {}         # how the next engine of a model ends its start
         self.spared: set[FakeEngine] = set()    # those that come up
         self.early_cuts: list[str] = []
+        self.load = EngineLoad(0, 0, 4)         # of each replica
 
     def teardown(self) -> None:
         try:
@@ -103,6 +107,10 @@ class Histories(RuleBasedStateMachine):
             client = Client(model, serves_s, self.world.now)
             self.clients.append(client)
             self.look(client)
+
+    @rule(load=st.sampled_from([EngineLoad(0, 0, 4), EngineLoad(2, 0, 4), EngineLoad(4, 3, 4)]))
+    def load_becomes(self, load: EngineLoad) -> None:
+        self.load = load
 
     @rule(which=WHICH)
     def leave(self, which: int) -> None:
@@ -150,6 +158,11 @@ class Histories(RuleBasedStateMachine):
         step = min(seconds, 1.0 if seconds <= 5 else 2.5)
         for _ in range(round(seconds / step)):
             self.world.step(step)
+            manager = self.world.manager
+            before = manager.counters
+            manager.scale(self.world.now, dict.fromkeys(manager.scaled(), self.load))
+            assert {name: count for name, count in manager.counters.items() if name.startswith("evictions")} == {
+                name: count for name, count in before.items() if name.startswith("evictions")}
             for engine in self.world.engines:
                 if engine.alive and engine.health == 0 and self.world.now >= engine.launched_at + LOAD_S:
                     self.comes_up(engine)

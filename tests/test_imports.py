@@ -32,7 +32,8 @@ MAY_IMPORT = {
     "routing.health": set(),
     "routing.scrape": set(),
     "routing.balancer": {"errors", "instances.instance", "routing.circuit", "routing.policies", "routing.remote"},
-    "router": {"config", "errors", "instance_manager", "instances.instance", "routing"},
+    "instances.scaling": set(),
+    "router": {"config", "errors", "instance_manager", "instances.instance", "instances.replicas", "routing"},
 }
 """The strictest edges; a package stands for its modules."""
 

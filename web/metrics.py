@@ -46,7 +46,9 @@ COUNTED = {
     "idle_stops": "Instances stopped because they idled", "sleeps": "Instances that fell asleep",
     "sleep_failures": "Sleeps that failed", "wakes": "Instances that woke",
     "wake_fallbacks": "Wakes that failed and became restarts",
-    "memory_retries": "Starts that ran out of memory and were tried once more"}
+    "memory_retries": "Starts that ran out of memory and were tried once more",
+    "replicas_added": "Replicas made or woken because of load",
+    "replicas_removed": "Replicas that fewer requests had no need of any more"}
 """Counters of the registry by name; those called evictions_... are one series with their reason."""
 
 
@@ -245,9 +247,13 @@ class DaemonCollector(Collector):
         yield _counter("evictions", "Instances that made room for others: idle, in use, or for sleepers' host memory",
                        {(reason,): number for reason, number in reasons.items()}, ("reason",))
         for name, what in (("load", "From the beginning of a start until it was ready"),
-                           ("wake", "From the beginning of a wake until it was ready")):
+                           ("wake", "From the beginning of a wake until it was ready"),
+                           ("swap", "From when a model sought room that others had to leave until it was ready")):
             number, total_s = self._manager.seconds.get(name, (0, 0.0))
             yield SummaryMetricFamily(f"{PREFIX}{name}_seconds", what, count_value=number, sum_value=total_s)
+        yield _gauge("replicas", "Replicas of a model whose number follows its load", {
+            (model, what): number for model, one in self._manager.replicas().items()
+            for what, number in (("running", one.running), ("wanted", one.wanted))}, ("model", "which"))
         states = Counter(str(view.state) for view in views)
         yield _gauge("instances", "Instances by status", {(str(state),): states[str(state)] for state in State
                                                           if state is not State.STOPPED}, ("status",))

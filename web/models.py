@@ -68,9 +68,10 @@ def _entry(name: str, created: int, root: str, views: list[InstanceView]) -> dic
 
 @blueprint.get("/admin/models")
 def list_configured() -> Response:
-    views = asked.manager().snapshot()
-    return jsonify(object="list", data=[model_json(model, _of(model, views))
-                                        for model in asked.manager().settings.catalog.models.values()])
+    manager = asked.manager()
+    views, replicas = manager.snapshot(), manager.replicas()
+    return jsonify(object="list", data=[model_json(model, _of(model, views), replicas.get(model.id))
+                                        for model in manager.settings.catalog.models.values()])
 
 
 @blueprint.get("/admin/models/<path:name>")
@@ -120,7 +121,8 @@ def unload(name: str) -> tuple[Response, int]:
 
 
 def _shown(model: ModelConfig) -> Response:
-    return jsonify(model_json(model, _of(model, asked.manager().snapshot())))
+    manager = asked.manager()
+    return jsonify(model_json(model, _of(model, manager.snapshot()), manager.replicas().get(model.id)))
 
 
 def _configured(name: str) -> ModelConfig:

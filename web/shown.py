@@ -8,6 +8,7 @@ from typing import Any
 
 from config import ModelConfig
 from instances.instance import InstanceView, State
+from instances.replicas import ReplicasView
 
 SECRET = re.compile(r"(^|[_.-])(token|key|apikey|password|secret|credentials?)$", re.IGNORECASE)
 """Names of flags, and of entries in them, that hold a secret.  `max_num_batched_tokens` and `tokenizer` hold none."""
@@ -32,6 +33,7 @@ def instance_json(view: InstanceView, *, simulated: bool) -> dict[str, Any]:
         "timeout": spec.timeout_s, "expires_in": view.expires_in_s, "in_flight": view.in_flight,
         "sleep": spec.sleep_level, "asleep": view.asleep_level or None, "stop_after": spec.stop_after_s,
         "priority": spec.priority, "pinned": spec.pinned, "configured_as": spec.config_id,
+        "added_for_load": view.grown, "made_with_new": view.apart,
         "created": int(view.created_at), "last_used": int(view.last_used_at), "restarts": view.restarts,
         "retry_in": view.retry_in_s, "engine": dict(view.engine),
         "last_error": None if problem is None else {
@@ -41,8 +43,8 @@ def instance_json(view: InstanceView, *, simulated: bool) -> dict[str, Any]:
     }
 
 
-def model_json(model: ModelConfig, views: Sequence[InstanceView]) -> dict[str, Any]:
-    """A configured model and its instances."""
+def model_json(model: ModelConfig, views: Sequence[InstanceView], replicas: ReplicasView | None) -> dict[str, Any]:
+    """A configured model and its instances.  `replicas` of one whose number follows its load."""
     return {
         "id": model.id, "object": "model", "model_path": model.model, "aliases": list(model.aliases),
         "status": status_of(views), "instances": [brief_json(view) for view in views],
@@ -51,7 +53,8 @@ def model_json(model: ModelConfig, views: Sequence[InstanceView]) -> dict[str, A
         "memory_bytes": model.memory_bytes, "param_count": model.param_count, "precision": model.precision,
         "idle_timeout": model.idle_timeout_s, "start_timeout": model.start_timeout_s, "sleep": model.sleep,
         "stop_after": model.stop_after_s, "preload": model.preload, "pinned": model.pinned, "priority": model.priority,
-        "replicas": {"min": model.replicas[0], "max": model.replicas[1]},
+        "replicas": {"min": model.replicas[0], "max": model.replicas[1]} | ({} if replicas is None else {
+            "running": replicas.running, "wanted": replicas.wanted, "because": replicas.because}),
     }
 
 

@@ -182,6 +182,8 @@ class Instance(TypedDict):
     priority: int
     pinned: bool
     configured_as: str | None
+    added_for_load: bool
+    made_with_new: bool
     created: int
     last_used: int
     restarts: int
@@ -202,8 +204,13 @@ class BriefInstance(TypedDict):
 
 
 class Replicas(TypedDict):
+    """Where `max` is more than 1, their number follows the load: how many run, are wanted, and why."""
+
     min: int
     max: int
+    running: NotRequired[int]
+    wanted: NotRequired[int]
+    because: NotRequired[str]
 
 
 class ConfiguredModel(TypedDict):
