@@ -159,7 +159,10 @@ SCHEMAS: dict[str, Schema] = {
         expires_in=or_null(number("Seconds until then")), in_flight=whole("Requests", minimum=0),
         sleep=whole("Level at which it may sleep; 0: not"), asleep=or_null(whole("Level at which it sleeps")),
         stop_after=or_null(_SECONDS), priority=whole(), pinned=boolean(),
-        configured_as=or_null(text("Its id in config.yaml")), created=whole("Unix time"), last_used=whole("Unix time"),
+        configured_as=or_null(text("Its id in config.yaml")),
+        added_for_load=boolean("One more replica that the load called for"),
+        made_with_new=boolean("Made with `new`: its model's replicas are counted without it"),
+        created=whole("Unix time"), last_used=whole("Unix time"),
         restarts=whole(minimum=0), retry_in=or_null(_SECONDS), engine=free("What its start-up log told"),
         last_error=or_null(named("LastError")), simulated=boolean("Whether no model answers"), load=named("Figures")),
 
@@ -190,7 +193,12 @@ SCHEMAS: dict[str, Schema] = {
         gpus={"description": "How many, or which", "type": ["integer", "array", "null"], "items": whole()},
         memory_bytes=or_null(_BYTES), param_count=or_null(number()), precision=or_null(text()),
         idle_timeout=or_null(_SECONDS), start_timeout=or_null(_SECONDS), sleep=whole(), stop_after=or_null(_SECONDS),
-        preload=boolean(), pinned=boolean(), priority=whole(), replicas=record("", min=whole(), max=whole())),
+        preload=boolean(), pinned=boolean(), priority=whole(), replicas=named("Replicas")),
+
+    "Replicas": record(
+        "How many instances; where `max` is more than 1, as the load is", ("running", "wanted", "because"),
+        min=whole(), max=whole(), running=whole("Those that serve or will, not asleep"), wanted=whole(),
+        because=text("What the last look at the load came to")),
 
     "Plan": record(
         "What a load would do", object={"const": "plan"}, model=text(), fits=boolean(), gpus=many(whole()),
