@@ -23,7 +23,7 @@ from errors import Conflict, EngineStopped, ManagerError, ShuttingDown, TooManyI
 from instances.arranger import Arranger, PlanReport
 from instances.instance import ACTIVE, Haste, Instance, InstanceSpec, InstanceView, State
 from instances.keeper import Keeper
-from instances.launcher import Launcher
+from instances.launcher import Launcher, LaunchRefused
 from instances.loop import Loop
 from instances.placement import Plan
 from instances.registry import LOOK_S
@@ -281,14 +281,13 @@ class InstanceManager(Replicas):
         try:
             self.resources.state_dir.save(self.resources.record(self.view(instance), None))
             self._run_keeper(instance, self._keeper(instance))
-        except (OSError, RuntimeError) as error:    # a full disk; no thread left
+        except (OSError, RuntimeError) as error:
             with self._changed:
                 self._loops.pop(instance.id, None)
                 self._begin_stop(instance, Haste.KILL, "it could not be started")
                 self._drop(instance, "it could not be started")
             self.resources.forget(instance.id)
-            raise ManagerError(f"{instance.spec.model} is not started: {getattr(error, 'strerror', None) or error}; "
-                               f"check {self.resources.state_dir.path} (STATE_DIR)", code="state_dir") from error
+            raise _not_begun(instance.spec.model, error, self.resources.state_dir) from error
 
     def _take_over(self, record: Record) -> None:
         """An instance of an earlier daemon goes on: with its engine if that runs, else with a new one.
@@ -302,7 +301,7 @@ class InstanceManager(Replicas):
             id=record.id, spec=record.spec, created_at=record.created_at, last_used=now, changed_at=now,
             log_path=str(log_path), port=record.port, devices=record.devices if engine else (),
             restarts=record.restarts, pid=engine.pid if engine else None, wanted_at=now,
-            runs=engine.alive if engine else lambda: False,
+            runs=engine.lives if engine else lambda: False,
             grant=Plan(record.devices, None, record.memory_planned_bytes, record.because) if engine else None,
             memory_planned_bytes=record.memory_planned_bytes if engine else None, because=record.because,
             asleep_level=record.asleep_level if engine else 0, grown=record.grown, apart=record.apart,
@@ -398,6 +397,14 @@ class InstanceManager(Replicas):
         for loop in loops:
             while not loop.join(LOOK_S) and time.monotonic() < deadline:
                 alive()
+
+
+def _not_begun(model: str, error: OSError | RuntimeError, state_dir: StateDir) -> ManagerError:
+    if isinstance(error, RuntimeError):
+        return LaunchRefused(f"{model} is not started: the system grants no thread more ({error}); check the limits of "
+                             "processes (ulimit -u, pids.max) and of memory")
+    return ManagerError(f"{model} is not started: {error.strerror or error}; check {state_dir.path} (STATE_DIR)",
+                        code="state_dir")
 
 
 def _other_params(active: Instance, spec: InstanceSpec) -> str:

@@ -36,6 +36,7 @@ CUT_WAIT_S = 2.0            # for request threads to let go of a connection that
 SETTLE_S = 0.5              # vLLM aborts a request 0.06 s after its client has left; SIGTERM must not come sooner
 TURN_PATIENCE_S = 30.0      # a stop waits so long for another instance to be done on the same GPU
 ADOPTED_READY_S = 30.0      # an engine that served before and is silent now is restarted after so long
+MEMORY_STEP_S = 1.0         # an engine that is killed with its resource tracker while it loads leaves no more than this
 MEASURE_S = 30.0            # the kernel counts an engine's pages for it, 0.1 s of work that holds the engine up
 
 
@@ -61,7 +62,7 @@ class Keeper:
         self._waits = False
         self._avoid: set[int] = set()       # ports that it could not use
         self._saved: Record | None = None
-        self._save_at = self._housekeeping_at = self._measure_at = 0.0
+        self._save_at = self._housekeeping_at = self._measure_at = self._memory_at = 0.0
         self._cut_at: float | None = None
         self._drained_at: float | None = None
         self._term_at: float | None = None
@@ -121,6 +122,9 @@ class Keeper:
             return
         watch = self._start_watch
         watch.look(now, self._resources.settings.instance_log_bytes)
+        if now >= self._memory_at:
+            self._memory_at = now + MEMORY_STEP_S
+            self._engine.note_memory()
         self._registry.note_phase(self._instance, watch.phase, watch.progress)
         if not self._engine.running():
             self._fail_start()
@@ -148,7 +152,7 @@ class Keeper:
             self._fail(problems.of_launch(self._instance.spec.model, error))
             return
         self._served = False
-        self._registry.note_process(self._instance, self._engine.pid, self._engine.alive)
+        self._registry.note_process(self._instance, self._engine.pid, self._engine.lives)
         log.info("%s (%s): launched, pid %d, port %s", self._instance.id, self._instance.spec.model, self._engine.pid,
                  self._instance.port)
         self._follow_start(now, self._instance.spec.start_timeout_s)

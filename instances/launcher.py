@@ -101,7 +101,7 @@ class Engine:
             return self._child.poll() is None
         return self._leader.alive()
 
-    def alive(self) -> bool:
+    def lives(self) -> bool:
         """The same for any thread: it asks the kernel, and waits for nobody who is just burying it."""
         return self._leader.alive()
 
@@ -123,8 +123,13 @@ class Engine:
         others = [member for member in members if member.pid != self.pid]
         self._core = [member for member in others if has_title(member.pid, self.instance_id)] or [
             member for member in others if "multiprocessing.spawn" in processes.command_line(member.pid)]
-        files = processes.shared_memory_files(member.pid for member in members)
-        self.record = replace(self.record, shared_memory=tuple(sorted(files)))
+        self.note_memory()
+
+    def note_memory(self) -> None:
+        """Remember its files in /dev/shm.  It reads all that its processes have mapped: milliseconds of work."""
+        files = processes.shared_memory_files(self.pids())
+        if files:       # those of one that has just died are known, and gone from /proc
+            self.record = replace(self.record, shared_memory=tuple(sorted(files)))
 
     def dead_core(self) -> int | None:
         """The pid of an engine process that has died, if one has: the API server would notice only seconds later."""

@@ -89,7 +89,8 @@ class FakeEngine:
     deaf: bool = False                  # to SIGTERM
     immortal: bool = False              # survives SIGKILL
     listens: Listener = Listener.OURS
-    shared: tuple[str, ...] = ()        # memory on record, known once it is watched
+    shared: tuple[str, ...] = ()        # memory on record, known once it is looked for
+    maps: bool = False                  # such memory, while it loads
     asked: list[str] = field(default_factory=list)
     asleep: int = 0                     # its level
     sleep_status: int | None = 200      # what /sleep is answered with; None: nothing, and it does not sleep
@@ -119,6 +120,9 @@ class FakeEngine:
     def running(self) -> bool:
         return self.alive
 
+    def lives(self) -> bool:
+        return self.alive
+
     def exit_code(self) -> int | None:
         return self.code
 
@@ -128,6 +132,9 @@ class FakeEngine:
     def listener(self, port: int) -> Listener:
         assert port == self.port
         return self.listens
+
+    def note_memory(self) -> None:
+        self.shared = (f"/dev/shm/psm_{self.pid}",) if self.maps else ()
 
     def watch_core(self) -> None:
         self.world.note(self, "watched")

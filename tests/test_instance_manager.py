@@ -202,8 +202,9 @@ def test_without_a_thread_left_nothing_is_started(world: World) -> None:
     def no_thread(loop: Loop) -> None:
         raise RuntimeError("can't start new thread")
     world.manager._run = no_thread
-    with pytest.raises(ManagerError, match="can't start new thread"):
+    with pytest.raises(ManagerError, match="can't start new thread") as caught:
         world.create()
+    assert caught.value.code == "engine_not_started"        # and not the disk's fault
     world.assert_nothing_left()
 
 

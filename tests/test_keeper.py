@@ -14,7 +14,7 @@ import pytest
 
 from errors import ManagerError
 from instance_manager import InstanceManager
-from instances import downloads
+from instances import downloads, keeper
 from instances.instance import State
 from instances.launcher import LaunchError, LaunchRefused
 from instances.rooms import HOPELESS_S
@@ -96,6 +96,18 @@ def test_its_shared_memory_is_on_record_before_it_is_known_as_ready(
     world.step(0.1)
     assert world.view(view).state is State.READY
     assert on_record == [[f"/dev/shm/psm_{engine.pid}"]]
+
+
+def test_what_it_shares_while_it_loads_is_on_record(world: World) -> None:
+    """Else it would stay, were everything killed before it is ready."""
+    view, engine = world.loading()
+    record = world.record(view)
+    assert record is not None and record["engine"]["shared_memory"] == []
+    engine.maps = True
+    world.step(keeper.MEMORY_STEP_S)
+    record = world.record(view)
+    assert record is not None and record["state"] == "starting"
+    assert record["engine"]["shared_memory"] == [f"/dev/shm/psm_{engine.pid}"]
 
 
 def test_what_the_log_told_stands_with_the_instance(world: World) -> None:

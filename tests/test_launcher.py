@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -22,7 +23,7 @@ from instances.launcher import Engine, EngineRecord, Launcher, LaunchError, Laun
 from instances.sockets import Listener
 from tests.support import wait_until
 
-ID = "5ca1ab1e"
+ID = secrets.token_hex(4)       # of this process alone: what bears it is ended
 TREE = """
 import os, signal, socket, sys
 from pathlib import Path
