@@ -483,8 +483,8 @@ class Keeper:
             if (haste <= Haste.DRAIN and now - self._drained_at < TURN_PATIENCE_S
                     and not self._tenancy.take_turn(now)):
                 return True
-            self._term_at = now
             engine.terminate()
+            self._term_at = now
         if now - self._term_at < (limit_s := self._resources.settings.stop_timeout_s):
             return True
         log.warning("%s: still there %g s after SIGTERM; killing it", self._instance.id, limit_s)

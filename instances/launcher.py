@@ -174,7 +174,8 @@ class Launcher:
     """Makes engines out of launch specs and out of records."""
 
     def launch(self, spec: LaunchSpec) -> Engine:
-        """Start the tree.  Raises LaunchError when the command cannot be run, LaunchRefused, OSError (a full disk)."""
+        """Start the tree.  Raises LaunchError when the command cannot be run, LaunchRefused, OSError (a full disk, no
+        descriptor left); then none of it runs."""
         run_dir = tempfile.mkdtemp(prefix=RUN_DIR_PREFIX)  # short on purpose: socket paths end at 107 bytes
         try:
             spec.log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -183,9 +184,15 @@ class Launcher:
         except BaseException:
             remove_run_dir(run_dir)
             raise
-        leader = processes.read_process(child.pid)
-        ticks = leader.started_ticks if leader is not None else 0
-        record = EngineRecord(pid=child.pid, started_ticks=ticks, boot_id=processes.boot_id(), run_dir=run_dir)
+        try:
+            leader = processes.read_process(child.pid)
+            ticks = leader.started_ticks if leader is not None else 0
+            record = EngineRecord(pid=child.pid, started_ticks=ticks, boot_id=processes.boot_id(), run_dir=run_dir)
+        except BaseException:       # nobody would know of it
+            child.kill()
+            child.wait()
+            remove_run_dir(run_dir)
+            raise
         return Engine(instance_id=spec.instance_id, record=record, log_path=spec.log_path, child=child)
 
     def find(self, instance_id: str, record: EngineRecord, log_path: Path) -> Engine | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
 import time
@@ -9,6 +10,7 @@ from collections.abc import Callable
 
 log = logging.getLogger("vllm_server.loop")
 
+PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN})     # no bug: the system has no more
 AFTER_ERROR_S = 1.0     # at least; a log that fills with one traceback helps nobody
 
 
@@ -52,8 +54,11 @@ class Loop:
             wait_s: float | bool | None = None
             try:
                 wait_s = self.tick(self._clock())
-            except Exception:
-                log.exception("a tick of %s failed; it goes on", self._thread.name)
+            except Exception as error:
+                if isinstance(error, OSError) and error.errno in PASSING:
+                    log.error("%s cannot do its work now: %s; it is tried again", self._thread.name, error)
+                else:
+                    log.exception("a tick of %s failed; it goes on", self._thread.name)
                 wait_s = max(self._interval_s, AFTER_ERROR_S)
             if wait_s is False:
                 return

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from instances.processes import BLIND
+
 CONNECT_TIMEOUT_S = 1.0
 READ_TIMEOUT_S = 5.0  # for the rest of an answer whose first byte is there
 LOOPBACK = "127.0.0.1"
@@ -26,22 +28,35 @@ class Answer:
 
 
 class Probe:
-    """One HTTP request.  Neither the constructor nor `poll` waits for the engine to think."""
+    """One HTTP request.  Neither the constructor nor `poll` waits for the engine to think.
+
+    Where this process has no descriptor for it, that says nothing of the engine: it is not `sent`, and `poll` tries
+    again.
+    """
 
     def __init__(self, port: int, method: str, path: str, body: dict[str, Any] | None = None) -> None:
         self._connection = http.client.HTTPConnection(LOOPBACK, port, timeout=CONNECT_TIMEOUT_S)
         self._answer: Answer | None = None
         payload = json.dumps(body).encode() if body is not None else None
         headers = {"Connection": "close"} | ({"Content-Type": "application/json"} if payload else {})
+        self._request = method, path, payload, headers
+        self.sent = False
+        self._send()
+
+    def _send(self) -> None:
         try:
-            self._connection.request(method, path, payload, headers)
-        except OSError:
-            self._answer = Answer(0)
+            self._connection.request(*self._request)
+            self.sent = True
+        except OSError as error:
             self.close()
+            if error.errno not in BLIND:
+                self._answer = Answer(0)
 
     def poll(self) -> Answer | None:
         """The answer, or None as long as its first byte is not there."""
-        if self._answer is None and _readable(self._connection.sock):
+        if self._answer is None and not self.sent:
+            self._send()
+        if self._answer is None and self.sent and _readable(self._connection.sock):
             try:
                 self._connection.sock.settimeout(READ_TIMEOUT_S)
                 response = self._connection.getresponse()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from errors import DaemonError, NoFreePort, NoRoom
 from instances.instance import Problem
-from instances.launcher import LaunchRefused
+from instances.launcher import PASSING, LaunchRefused
 from instances.sockets import Listener
 from instances.startup_log import StartupLog
 
@@ -14,6 +14,9 @@ def of_launch(model: str, error: DaemonError | OSError) -> Problem:
     if isinstance(error, DaemonError):
         passing = isinstance(error, NoRoom | NoFreePort | LaunchRefused) and error.code != "not_enough_gpus"
         return Problem(error.code, error.message, status=error.status, permanent=not passing)
+    if error.errno in PASSING:
+        return Problem(LaunchRefused.code, f"{model} is not started: {error.strerror}; check the service's limits "
+                                           "(ulimit -n, ulimit -u) and the machine's memory", status=503)
     return Problem("state_dir", f"{model} is not started: {error.strerror or error}"
                    f"{f' ({error.filename})' if error.filename else ''}; check STATE_DIR and the temporary folder",
                    status=503)

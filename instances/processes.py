@@ -2,6 +2,7 @@
 
 Linux only, as vLLM is.  A process is identified by its pid and its start time in clock ticks since boot
 (`/proc/PID/stat`, field 22, proc(5)), which no clock change moves and which a reused pid cannot share.
+Everything here raises OSError where this process cannot look (BLIND).
 """
 
 from __future__ import annotations
@@ -13,9 +14,13 @@ import re
 import signal
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 PROC = Path("/proc")
+BLIND = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+"""Why this process cannot look, which says nothing of what it looks for.  What is not seen for another reason is gone,
+or not ours to see."""
 SHARED_MEMORY = re.compile(r"/dev/shm/(?:psm_|sem\.|mp-|torch_|nccl-|vllm|__KMP_REGISTERED_LIB_)[^/]*")
 """Files that engines make there: of multiprocessing, torch, NCCL, vLLM and OpenMP.  Others are not theirs to lose:
 people keep whole models in /dev/shm, which an engine maps too.
@@ -38,9 +43,8 @@ class Process:
 
 def read_process(pid: int) -> Process | None:
     """None when there is no such process."""
-    try:
-        line = (PROC / str(pid) / "stat").read_bytes()
-    except OSError:
+    line = _read(pid, "stat")
+    if line is None:
         return None
     # The second field is the name in parentheses and may hold any bytes, spaces and parentheses too.
     fields = line[line.rindex(b")") + 2:].split()
@@ -48,6 +52,18 @@ def read_process(pid: int) -> Process | None:
                    zombie=fields[0] in (b"Z", b"X"))
 
 
+def _read(pid: int, name: str) -> bytes | None:
+    """A file of a process; None when it is gone, or another user's.  Raises OSError when it is this process that cannot
+    look (BLIND): then nobody may conclude that the other is gone."""
+    try:
+        return (PROC / str(pid) / name).read_bytes()
+    except OSError as error:
+        if error.errno in BLIND:
+            raise
+        return None
+
+
+@cache
 def boot_id() -> str:
     """Changes with every boot: ticks of another boot mean nothing."""
     return (PROC / "sys/kernel/random/boot_id").read_text().strip()
@@ -65,18 +81,12 @@ def session_members(session: int) -> list[Process]:
 
 def command_line(pid: int) -> str:
     """The title of a process; empty when it is gone."""
-    try:
-        return (PROC / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace").strip()
-    except OSError:
-        return ""
+    return (_read(pid, "cmdline") or b"").replace(b"\0", b" ").decode("utf-8", "replace").strip()
 
 
 def environment(pid: int) -> dict[str, str]:
     """What the process was started with; empty when it is gone, another user's, or wiped (setproctitle does it)."""
-    try:
-        data = (PROC / str(pid) / "environ").read_bytes()
-    except OSError:
-        return {}
+    data = _read(pid, "environ") or b""
     entries = (entry.partition("=") for entry in data.decode("utf-8", "surrogateescape").split("\0"))
     return {name: value for name, found, value in entries if found}
 
@@ -96,8 +106,8 @@ def shared_memory_files(pids: Iterable[int]) -> set[str]:
     """The SHARED_MEMORY files that these processes have open or mapped."""
     found: set[str] = set()
     for pid in pids:
-        with contextlib.suppress(OSError):
-            text = (PROC / str(pid) / "maps").read_bytes().decode("utf-8", "surrogateescape")
+        if (maps := _read(pid, "maps")) is not None:
+            text = maps.decode("utf-8", "surrogateescape")
             found.update(line[line.index("/"):] for line in text.splitlines() if " /dev/shm/" in line)
         with contextlib.suppress(OSError):
             for entry in os.scandir(PROC / str(pid) / "fd"):
@@ -116,10 +126,12 @@ def remove_shared_memory(files: Iterable[str]) -> None:
 
 
 def send_signal(process: Process, number: signal.Signals) -> bool:
-    """Signal this very process and no other that has its pid now.  False when it is gone."""
+    """Signal this very process and no other that has its pid now.  False when it is gone.  Raises OSError (BLIND)."""
     try:
         handle = os.pidfd_open(process.pid)
     except OSError as error:
+        if error.errno in BLIND:
+            raise
         if error.errno not in (errno.ENOSYS, errno.EPERM):
             return False
         return _send_by_pid(process, number)    # Linux before 5.3, or a sandbox
@@ -128,7 +140,9 @@ def send_signal(process: Process, number: signal.Signals) -> bool:
         if not process.alive():
             return False
         signal.pidfd_send_signal(handle, number)
-    except OSError:
+    except OSError as error:
+        if error.errno in BLIND:
+            raise
         return False
     finally:
         os.close(handle)
@@ -136,12 +150,10 @@ def send_signal(process: Process, number: signal.Signals) -> bool:
 
 
 def _send_by_pid(process: Process, number: signal.Signals) -> bool:
-    try:
-        if process.alive():
+    if process.alive():
+        with contextlib.suppress(OSError):
             os.kill(process.pid, number)
             return True
-    except OSError:
-        pass
     return False
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 
-from instances.processes import PROC
+from instances.processes import BLIND, PROC
 
 TABLES = ("net/tcp", "net/tcp6")
 LISTEN = "0A"
@@ -35,10 +35,12 @@ class _Entry:
 
 
 def listener(port: int, pids: Iterable[int]) -> Listener:
-    """Whether these processes, all of an engine, listen on the port."""
+    """Whether these processes, all of an engine, listen on the port.  Raises OSError when it cannot look now."""
     try:
         listening = [entry for entry in _entries(port) if entry.state == LISTEN]
-    except OSError:
+    except OSError as error:
+        if error.errno in BLIND:
+            raise
         return Listener.UNKNOWN
     wanted = {f"socket:[{entry.inode}]" for entry in listening}
     held: set[str] = set()
@@ -48,7 +50,9 @@ def listener(port: int, pids: Iterable[int]) -> Listener:
             held |= wanted & set(_descriptors(pid))
         except PermissionError:
             hidden = True       # runs as another user
-        except OSError:
+        except OSError as error:
+            if error.errno in BLIND:
+                raise
             continue            # ended meanwhile
     if not held:
         return Listener.UNKNOWN if hidden else Listener.STRANGER

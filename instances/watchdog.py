@@ -45,6 +45,8 @@ class Watchdog:
                 self._ask(probe.health(self._port), self._heard_health, timeout_s)
             return None
         answer = self._question.poll()
+        if not self._question.sent:
+            self._asked_at = now        # its time has not begun
         if answer is None and now - self._asked_at < self._limit_s:
             return None
         self.close()

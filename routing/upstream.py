@@ -163,9 +163,12 @@ class _Backend:
             raise ConnectionRefused("the engine does not take the connection") from error
         except ssl.SSLCertVerificationError as error:
             raise ConnectionRefused(f"its certificate is not trusted: {error.verify_message}") from error
-        if not runs():      # asked after it was made: whose port it was lived until then, or the port is a stranger's
+        try:
+            if not runs():      # asked after it was made: who had the port lived until then, or it is a stranger's
+                raise NewConnectionError(connection, "its process has ended")
+        except BaseException:
             connection.close()
-            raise NewConnectionError(connection, "its process has ended")
+            raise
         return connection  # type: ignore[no-any-return]
 
 

@@ -206,6 +206,7 @@ class FakeProbe:
 
     world: World
     open: set[FakeProbe]
+    sent = True
 
     def __init__(self, port: int, method: str, path: str, body: dict[str, Any] | None = None) -> None:
         self._engine = next((one for one in self.world.engines if one.alive and one.port == port), None)

@@ -378,6 +378,21 @@ def test_an_engine_without_a_record_is_ended_by_its_name(tree: Tree) -> None:
     assert tree.nothing_left(engine)
 
 
+def test_what_cannot_be_written_down_does_not_run(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last descriptor may go between the start and the look at what was started."""
+    def blind(pid: int) -> None:
+        started.append(pid)
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    started: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(processes, "read_process", blind)
+        with pytest.raises(OSError, match="Too many open files"):
+            tree.launcher.launch(tree.spec("plain"))
+    assert len(started) == 1 and not processes.session_members(started[0])
+    assert list(tree.temporary.iterdir()) == []
+
+
 def test_a_start_that_the_record_missed_is_ended_too(tree: Tree) -> None:
     """The record still names the engine before."""
     first = tree.launch("plain")

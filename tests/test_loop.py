@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
 
@@ -129,3 +130,17 @@ def test_a_tick_that_hangs_can_be_waited_for_in_vain() -> None:
     assert not loop.join(0.01)
     go_on.set()
     assert loop.join(120)
+
+
+def test_what_the_system_has_no_more_of_is_told_in_a_line(caplog: pytest.LogCaptureFixture) -> None:
+    """Not with a traceback each second."""
+    def tick(now: float) -> bool:
+        if len(caplog.records) == 0:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return False
+
+    loop = Loop(name="test", tick=tick, interval_s=0.0)
+    loop.start()
+    assert loop.join(120)
+    (said,) = caplog.records
+    assert said.exc_info is None and "Too many open files; it is tried again" in said.getMessage()

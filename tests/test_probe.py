@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import http.client
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -173,3 +175,19 @@ def test_a_question_that_was_closed_stays_closed(server: Server, ask: Callable[[
     question = ask(server.port)
     question.close()
     question.close()
+
+
+def test_a_question_that_no_descriptor_is_left_for_is_asked_later(
+        server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*arguments: object, **options: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(http.client.HTTPConnection, "connect", none_left)
+        question = probe.inference(server.port, "m", "/v1/completions")
+        assert question.poll() is None and not question.sent
+    assert question.poll() is None and question.sent
+    assert server.accept().startswith(b"POST /v1/completions HTTP/1.1")
+    server.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+    wait_until(lambda: question.poll() is not None)
+    assert question.poll() == Answer(200, b"ok")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -136,3 +138,36 @@ def test_which_shared_memory_engines_make(name: str, ours: bool) -> None:
 
 def test_boots_are_told_apart() -> None:
     assert len(processes.boot_id()) == 36
+
+
+# --- without a descriptor left ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("look", [
+    lambda pid: processes.read_process(pid), lambda pid: processes.session_members(pid),
+    lambda pid: processes.command_line(pid), lambda pid: processes.environment(pid),
+    lambda pid: processes.shared_memory_files([pid]), lambda pid: Process(pid, 0, pid, 1, False).alive(),
+    lambda pid: processes.send_signal(Process(pid, 0, pid, 1, False), signal.SIGTERM)],
+    ids=["stat", "session", "title", "environment", "memory", "alive", "signal"])
+def test_who_cannot_look_does_not_say_that_nobody_is_there(
+        child: subprocess.Popen[bytes], look: Callable[[int], object]) -> None:
+    """An engine that was taken for dead would be started a second time, or its memory given away."""
+    with no_descriptor_left(), pytest.raises(OSError) as caught:
+        look(child.pid)
+    assert caught.value.errno == errno.EMFILE
+    assert child.poll() is None
+
+
+@contextmanager
+def no_descriptor_left() -> Iterator[None]:
+    taken, before = [os.open(os.devnull, os.O_RDONLY)], resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(int(entry.name) for entry in os.scandir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, before[1]))
+    try:
+        with suppress(OSError):
+            while True:
+                taken.append(os.dup(taken[0]))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        for one in taken:
+            os.close(one)

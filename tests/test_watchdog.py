@@ -52,6 +52,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Server:
     server = Server()
 
     class Question:
+        sent = True
+
         def __init__(self, port: int, method: str, path: str, body: object = None) -> None:
             assert port == 9000
             server.asked.append(path)
@@ -200,3 +202,15 @@ def test_a_closed_one_asks_nothing_more(watched: Watched) -> None:
     watched.dog.close()
     watched.dog.close()
     assert watched.server.open == 0
+
+
+def test_what_could_not_be_asked_says_nothing_of_the_engine(
+        watched: Watched, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The daemon may have no descriptor left for hours; the engine is well."""
+    server.answers["/health"] = None
+    monkeypatch.setattr(probe.Probe, "sent", False)
+    assert watched.look(31.0) is None
+    assert watched.look(3600.0, times=5) is None
+    monkeypatch.setattr(probe.Probe, "sent", True)
+    assert watched.look(59.0) is None
+    assert watched.look(2.0) is Verdict.HANGS       # its time began when it was asked

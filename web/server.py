@@ -25,7 +25,7 @@ from gunicorn.arbiter import Arbiter
 from config import Settings
 from routing import request_id
 from web.notify import Notifier
-from web.worker import Service, Worker, Wsgi
+from web.worker import Service, Worker, Wsgi, to_be_tried_again
 
 log = logging.getLogger("vllm_server.http")
 
@@ -59,6 +59,17 @@ class Master(Arbiter):
     def handle_usr2(self) -> None:
         """From the worker: it serves, or has read its settings anew."""
         self._notifier.ready(f"serves on {_address(self)}")
+
+    def spawn_worker(self) -> int | None:
+        """Where the system grants no process now, the master's loop tries again in a second, and clients wait."""
+        master = os.getpid()
+        try:
+            return super().spawn_worker()  # type: ignore[no-any-return]
+        except OSError as error:
+            if os.getpid() != master:
+                raise
+            log.error("no worker process can be had now: %s; trying again", error.strerror or error)
+            return None
 
     def murder_workers(self) -> None:
         """Once a second."""
@@ -153,7 +164,8 @@ class Server(BaseApplication):
             os.read(read, 1)
             os._exit(1)
 
-        threading.Thread(target=watch, name="lifeline", daemon=True).start()
+        with to_be_tried_again():
+            threading.Thread(target=watch, name="lifeline", daemon=True).start()
 
 
 def _address(master: Master) -> str:

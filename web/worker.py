@@ -20,7 +20,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -54,6 +54,8 @@ CLIENT_GONE = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.EB
 OUT_OF_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 SPARE = 256                 # connections past the bound, for those who watch and manage; others are told 503 there
 SPARE_IDLE_S = 5.0          # what a client has for its head on one of these
+TRY_AGAIN = 1               # exit status of a worker that could not start now: neither of gunicorn's two for 'never'
+TRY_AGAIN_S = 1.0
 LOOKED_AT = 32              # parked connections, to find one that idles and can go for a new one
 
 
@@ -94,6 +96,22 @@ class Connection(TConn):
         self.spare = False      # past the bound: for those who watch and manage
 
 
+@contextlib.contextmanager
+def to_be_tried_again() -> Iterator[None]:
+    """A worker that the system grants no thread leaves: the master makes another one, which may have more luck.
+
+    Its engines run on, and the next worker finds them by their records.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "can't start new thread" not in str(error):
+            raise
+        log.error("the daemon cannot start now: %s (ulimit -u, pids.max, memory); trying again", error)
+        time.sleep(TRY_AGAIN_S)
+        sys.exit(TRY_AGAIN)
+
+
 class OneWrite(wsgi.Response):
     """Writes the head together with the body's first piece."""
 
@@ -131,6 +149,7 @@ class Worker(ThreadWorker):
     service: Service
     settings: Settings
     hurry = False
+    _reload_wanted = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -162,7 +181,19 @@ class Worker(ThreadWorker):
         self.method_queue.defer(lambda: None)
 
     def handle_reload(self, sig: int, frame: Any) -> None:
-        threading.Thread(target=self._reload, name="reload", daemon=True).start()
+        """The loop does it: a signal may come in the middle of a log line, and many may come at once."""
+        self._reload_wanted = True
+        self.method_queue.defer(self._begin_reload)
+
+    def _begin_reload(self) -> None:
+        if not self._reload_wanted:
+            return
+        self._reload_wanted = False
+        try:
+            threading.Thread(target=self._reload, name="reload", daemon=True).start()
+        except RuntimeError as error:
+            log.error("not reloaded, the old settings stay: %s; try again", error)
+            self._tell_master()
 
     def _reload(self) -> None:
         try:
@@ -181,7 +212,8 @@ class Worker(ThreadWorker):
 
     def run(self) -> None:
         try:
-            self.service.start()
+            with to_be_tried_again():
+                self.service.start()
         except Exception:
             log.critical("the daemon cannot start", exc_info=True)
             sys.exit(Arbiter.WORKER_BOOT_ERROR)     # the master ends too, instead of trying for ever
