@@ -50,7 +50,7 @@ def is_confusing(path: str) -> bool:
     segments = [segment.partition(";")[0] for segment in path.replace("\\", "/").split("/")]
     if "." in segments or ".." in segments or "" in segments[1:-1]:
         return True
-    return any(ord(char) < 32 or 0x7f <= ord(char) < 0xa0 for char in path)
+    return any(ord(char) < 32 or 0x7f <= ord(char) < 0xa0 or char == "\ufffd" for char in path)
 
 
 def _decoded(path: str) -> str:

@@ -7,13 +7,14 @@ is set, it is for clients on this machine only.  A browser page of another origi
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Iterable
 from urllib.parse import urlsplit
 
 from flask import Request
 
 from config import Key, Settings
-from errors import Forbidden, Unauthorized, UnsupportedMediaType
+from errors import BadRequest, Forbidden, Unauthorized, UnsupportedMediaType
 from routing.limits import CALLER
 from routing.paths import ADAPTERS
 
@@ -23,11 +24,13 @@ OPEN = frozenset({"/", "/health", "/ping", "/version", "/load-stats", "/metrics"
 MANAGEMENT = ("/instances", "/admin", "/gpus")
 FORM_TYPES = frozenset({"application/x-www-form-urlencoded", "multipart/form-data", "text/plain"})
 """What a page of any origin may send without asking first."""
+_HOST = re.compile(r"[A-Za-z0-9._~%-]*(:[0-9]*)?|\[[0-9A-Za-z:.%]+\](:[0-9]*)?")
 FORWARDED = ("X-Forwarded-For", "X-Forwarded-Host", "X-Real-Ip", "Forwarded", "Via")
 
 
 def check(request: Request, settings: Settings) -> None:
     """Raises Unauthorized (no key, a wrong one) or Forbidden.  Notes whose key it was, see `caller`."""
+    _check_host(request)
     path, everyone = request.path, (*settings.admin_api_keys, *settings.api_keys)
     key = request.environ[CALLER] = _find_key(request, everyone)
     if is_management(path):
@@ -44,6 +47,16 @@ def check(request: Request, settings: Settings) -> None:
         _check_socket_origin(request, settings)
     if path not in OPEN and settings.api_keys and key is None:
         raise Unauthorized(f"this server needs a key: {HOW}")
+
+
+def _check_host(request: Request) -> None:
+    """Raises BadRequest where it is missing or none (RFC 9112, 3.2): servers on the way may read another one."""
+    host = request.environ.get("HTTP_HOST")
+    if host is None:
+        if request.environ.get("SERVER_PROTOCOL") == "HTTP/1.1":
+            raise BadRequest("the Host header is missing", param="Host", code="invalid_host")
+    elif _HOST.fullmatch(host) is None:
+        raise BadRequest("the Host header holds no name and no address", param="Host", code="invalid_host")
 
 
 def caller(request: Request) -> Key | None:

@@ -21,8 +21,9 @@ LARGE_BODY_BYTES = 1 << 16      # from here on a body is received into its place
 MAX_HEAD_BYTES = 1 << 17        # past gunicorn's own limits, so that its 431 says what is too large
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
+_LINE = re.compile(rb"[!-~]+ [!\"$-~\x80-\xff]+ HTTP/1\.[01]\r\n")
 _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]+)[ \t]*\r\n", re.IGNORECASE)
-_CHUNKED = re.compile(rb"\r\ntransfer-encoding:[^\r\n]*chunked[ \t]*\r\n", re.IGNORECASE)
+_CODING = re.compile(rb"\r\ntransfer-encoding:[ \t]*([^\r\n]*?)[ \t]*(?=\r\n)", re.IGNORECASE)
 _EXPECT = re.compile(rb"\r\nexpect:[ \t]*100-continue[ \t]*\r\n", re.IGNORECASE)
 _SIZE = re.compile(rb"([0-9a-fA-F]{1,15})[ \t]*(?:;[^\r\n]*)?\r\n")
 MAX_SIZE_LINE = 4096
@@ -234,7 +235,14 @@ class Intake:
             return False
         self._head_end = self._scanned = end + 4
         head = bytes(self._buffer[:self._head_end])
-        self._chunked = _CHUNKED.search(head) is not None
+        if _LINE.match(head) is None:       # gunicorn's parser is more lenient than servers on the way may be
+            self._refusal = BadRequest("the request cannot be read: Invalid HTTP request line", code="invalid_request")
+            return True
+        if codings := _CODING.findall(head):
+            self._chunked = codings[-1].lower().endswith(b"chunked")
+            if [coding.lower() for coding in codings] != [b"chunked"]:
+                self._refusal = BadRequest("the only Transfer-Encoding of a request is chunked", code="invalid_request")
+                return True
         if not self._chunked and (length := _LENGTH.search(head)):
             # Of a length beyond all bounds its first digits are enough: it is refused, and must not count as none.
             self._length = int(length[1].lstrip(b"0")[:19] or b"0")
@@ -288,7 +296,7 @@ class Intake:
         while self._refusal is None and self._decoded_bytes <= self._max:
             at = self._scanned
             line = _SIZE.match(self._buffer, at)
-            if line is None:
+            if line is None or line.end() - at > MAX_SIZE_LINE:
                 if self._buffer.find(b"\r\n", at) >= 0 or len(self._buffer) - at > MAX_SIZE_LINE:
                     self._refusal = _broken("a chunk's size line is not valid")
                     return True
@@ -319,7 +327,7 @@ class Intake:
             self._scanned = at + 2
             return True
         end = self._buffer.find(b"\r\n\r\n", at)
-        if end >= 0:
+        if end >= 0 and end - at <= MAX_HEAD_BYTES:
             self._scanned = end + 4
             return True
         if len(self._buffer) - at > MAX_HEAD_BYTES:

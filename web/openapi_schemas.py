@@ -225,7 +225,8 @@ SCHEMAS: dict[str, Schema] = {
 
     "AuditEntry": record(
         "One call to the management", (), at=number("Unix time"), who=text("The key's name"),
-        **{"from": or_null(text("Address"))}, method=text(), path=text(), status=whole(), code=or_null(text())),
+        **{"from": or_null(text("Address"))}, method=text(), path=text(), status=whole(), code=or_null(text()),
+        id=or_null(text("Of the instance that was answered")), model=or_null(text()), request_id=text()),
 
     "History": record(
         "A sample every few seconds, column by column, each as long as `at`", object={"const": "history"},
