@@ -35,7 +35,7 @@ e2e: .venv/dev.stamp            ## the tests with real vLLM, which is installed 
 
 slow: .venv/dev.stamp           ## thousands of random cases, a soak, a thousand instances, boxes of GPUs (no vLLM)
 	HYPOTHESIS_PROFILE=ci $(PYTEST) $(SIDE_BY_SIDE) --timeout 2400 $(RANDOM_CASES)
-	HYPOTHESIS_PROFILE=ci $(PYTEST) --timeout 2400 tests/slow
+	HYPOTHESIS_PROFILE=ci $(PYTEST) -rs --timeout 2400 tests/slow
 
 fuzz: .venv/dev.stamp           ## look for input that breaks its readers, guided by coverage; MINUTES=60 in all
 	$(PY) -m pip install -q 'atheris>=3,<4'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import socket
 import ssl
 import subprocess
 import threading
@@ -13,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from configuration.servers import ServerConfig
+from errors import UpstreamError
 from routing.questions import Conversation, NoAnswer
 from routing.remote import Origin
-from routing.upstream import ConnectionRefused, Exchange, Upstream
+from routing.upstream import ConnectionRefused, Exchange, Upstream, upstream_errors
 from tests.stub_server import StubServer
 
 
@@ -45,11 +47,16 @@ def origin(server: StubServer, **tls: object) -> Origin:
     return Origin.of(ServerConfig(server.url, 1, **tls))  # type: ignore[arg-type]
 
 
-def post(server: StubServer, where: Origin, upstream: Upstream, exchange: Exchange | None = None) -> bytes:
+def post(where: Origin, upstream: Upstream, exchange: Exchange | None = None) -> bytes:
     answer = upstream.send(exchange or Exchange(), "POST", f"{where.base}/v1/completions", {"Content-Length": "2"},
                            b"{}", 60, where.tls)
-    body = b"".join(answer.pieces())
-    answer.close(complete=True)
+    complete = False
+    try:
+        with upstream_errors():
+            body = b"".join(answer.pieces())
+        complete = True
+    finally:
+        answer.close(complete)
     return body
 
 
@@ -61,7 +68,7 @@ def test_a_server_that_is_trusted_gets_requests_on_one_connection(server: StubSe
     try:
         for _ in range(3):
             exchange = Exchange()
-            assert b'"server": "stub"' in post(server, where, upstream, exchange)
+            assert b'"server": "stub"' in post(where, upstream, exchange)
             assert isinstance(exchange.socket, ssl.SSLSocket)
         assert len(server._open) == 1
     finally:
@@ -72,7 +79,7 @@ def test_one_that_is_not_trusted_gets_nothing(server: StubServer) -> None:
     upstream = Upstream(4)
     try:
         with pytest.raises(ConnectionRefused, match="not trusted"):
-            post(server, origin(server), upstream)
+            post(origin(server), upstream)
     finally:
         upstream.close()
     assert not server.asked
@@ -85,7 +92,7 @@ def test_an_exchange_can_be_ended_while_it_waits(server: StubServer, certificate
 
     def ask() -> None:
         try:
-            post(server, where, upstream, exchange)
+            post(where, upstream, exchange)
         except Exception as error:
             done.append(error)
 
@@ -100,6 +107,34 @@ def test_an_exchange_can_be_ended_while_it_waits(server: StubServer, certificate
     finally:
         server.released.set()
         upstream.close()
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nwhole",
+                                    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nwhole\r\n0\r\n\r\n"],
+                         ids=["length", "chunks"])
+def test_an_answer_that_ends_at_any_byte_is_whole_or_broken(answer: bytes, certificate: Path) -> None:
+    """The connection is closed without a word of TLS, as a process that dies does it."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        def serve() -> None:
+            for at in range(len(answer) + 1):
+                plain, _ = listener.accept()
+                with context.wrap_socket(plain, server_side=True) as client:
+                    while not client.recv(65536).endswith(b"{}"):
+                        pass
+                    client.sendall(answer[:at])
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        where = Origin.of(ServerConfig(f"https://127.0.0.1:{listener.getsockname()[1]}", 1, ca=certificate))
+        upstream = Upstream(4)
+        for _ in range(len(answer)):
+            with pytest.raises(UpstreamError):
+                post(where, upstream)
+        assert post(where, upstream) == b"whole"
+        upstream.close()
+        thread.join()
 
 
 def test_checks_hold_to_the_same(server: StubServer, certificate: Path) -> None:

@@ -6,6 +6,8 @@ Either side's end must show on the other, what is whole must be whole, and nothi
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -251,6 +254,36 @@ def test_an_engine_that_ends_in_the_midst_of_many(daemon: Daemon) -> None:
             assert parse(received)[0].status == 502
     wait_until(lambda: daemon.instances()[0]["restarts"] == 1 and daemon.instances()[0]["status"] == "ready")
     assert parse(exchange(daemon, request(steps(ANSWERS["length"]), headers=ENDS))[0]) == parse(ANSWERS["length"])
+
+
+def test_a_relay_that_dies_in_the_midst_of_many(daemon: Daemon) -> None:
+    """Each client sees the cut, no lease is left, and the next stream finds another relay."""
+    if daemon.env["RELAYS"] == "0":
+        return
+    begun = ANSWERS["events"][:ANSWERS["events"].index(b"9\r\ndata: 2")]
+    for _ in range(3):
+        (relay,) = relays(daemon)
+        clients = [connect(daemon.port) for _ in range(24)]
+        for client in clients:
+            client.sendall(request([send(begun), ["wait", "never"]]))
+        received = [b""] * len(clients)
+        for number, client in enumerate(clients):
+            while b"data: 1\n\n" not in received[number]:
+                received[number] += client.recv(65536)
+        os.kill(relay, signal.SIGKILL)
+        for number, client in enumerate(clients):
+            with client:
+                rest, was_reset = read_all(client)
+            (got,) = parse(received[number] + rest, was_reset=was_reset)
+            assert not got.complete and got.body == b"data: 1\n\n"
+        assert_no_lease(daemon)
+        assert_same(ANSWERS["events"], False, *exchange(daemon, request(steps(ANSWERS["events"]), headers=ENDS)))
+        wait_until(lambda relay=relay: relays(daemon) not in ([], [relay]))
+
+
+def relays(daemon: Daemon) -> list[int]:
+    return [child.pid for child in psutil.Process(daemon.worker_pid).children()
+            if "relay_child" in " ".join(child.cmdline())]
 
 
 # --- at random ----------------------------------------------------------------------------------------------------
