@@ -17,7 +17,7 @@ from routing.circuit import CLOSED, Circuit
 from routing.policies import Backend, Headers, Load, Policy, Reading, hash64, projected
 from routing.remote import BUSY_LIMIT_S, BUSY_S, Fleet, Outcome, Pool, RemoteLease
 
-LOOK_AT = 32                # of more servers than these, so many from a random (or the key's) place on are compared
+LOOK_AT = 16                # of more servers than these, so many from a random (or the key's) place on are compared
 LOADING = ACTIVE - {State.READY}
 DEFAULT_CAPACITY = 256      # of an instance whose flags do not say (--max-num-seqs)
 

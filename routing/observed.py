@@ -66,6 +66,7 @@ class Seen(NamedTuple):
     """A copy of all that was counted."""
 
     answers: Mapping[tuple[str, str, str], int]     # model, backend, status
+    by_key: Mapping[tuple[str, str], int]           # name of the key, status
     retries: Mapping[str, int]                      # why
     first_byte: Mapping[str, Histogram]             # by model
     whole: Mapping[str, Histogram]
@@ -77,6 +78,7 @@ class Observed:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._answers: Counter[tuple[str, str, str]] = Counter()
+        self._by_key: Counter[tuple[str, str]] = Counter()
         self._retries: Counter[str] = Counter()
         self._first_byte: dict[str, Histogram] = {}
         self._whole: dict[str, Histogram] = {}
@@ -95,6 +97,8 @@ class Observed:
                 self._failed.append(about)
             model = self._label(about.model)
             self._answers[model, about.backend, str(status)] += 1
+            if about.key is not None:
+                self._by_key[about.key, str(status)] += 1
             if about.backend:
                 _histogram(self._first_byte, model, FIRST_BYTE_S).add(now - about.begun)
 
@@ -133,7 +137,8 @@ class Observed:
             if len(self._answers) > MAX_SERIES:
                 for key in [key for key in self._answers if key[1] not in backends]:
                     del self._answers[key]
-            return Seen(dict(self._answers), dict(self._retries), _copy(self._first_byte), _copy(self._whole))
+            return Seen(dict(self._answers), dict(self._by_key), dict(self._retries), _copy(self._first_byte),
+                        _copy(self._whole))
 
     def _label(self, model: str) -> str:
         """Caller holds the lock."""

@@ -69,6 +69,9 @@ def test_requests_of_a_minute(daemon: Daemon) -> None:
     assert answers[2].error["code"] == "rate_limit_exceeded" and "bob" in answers[2].error["message"]
     assert 0 < int(answers[2].headers["retry-after"]) <= 60
     assert daemon.get("/v1/models", key("bob")).status == 200       # what asks no engine is free
+    page = daemon.get("/metrics").body.decode()
+    assert 'vllm_server_key_requests_total{key="bob",status="200"} 2.0\n' in page and "sk-bob" not in page
+    assert 'vllm_server_key_requests_total{key="bob",status="429"} 1.0\n' in page
 
 
 def test_tokens_of_a_minute(daemon: Daemon) -> None:

@@ -208,6 +208,8 @@ class DaemonCollector(Collector):
         for key, number in seen.answers.items():
             answers.add_metric(key, number)
         yield answers
+        yield _counter("key_requests", "Requests that came with a key, as they were answered",
+                       {(key, status): number for (key, status), number in seen.by_key.items()}, ("key", "status"))
         yield _counter("retries", "Requests that went to another backend, by why they left the first",
                        {(why,): number for why, number in seen.retries.items()}, ("reason",))
         yield _histogram("time_to_first_byte_seconds", "From a request to the first byte of its answer",
