@@ -82,6 +82,12 @@ class Checkout:
                                 env=self.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                 stderr=subprocess.PIPE)
 
+    def python(self, program: Path, *words: str, url: str) -> Ran:
+        """A program of the checkout that talks to a daemon."""
+        done = subprocess.run([sys.executable, str(program), *words], text=True, capture_output=True, timeout=HANG_S,
+                              env={**self.env, "VLLM_SERVER_URL": url})
+        return Ran(done.returncode, done.stdout, done.stderr)
+
     def script(self, name: str, *words: str, cwd: Path | None = None) -> Ran:
         with self.popen(name, *words, cwd=cwd) as process:
             out, err = process.communicate(timeout=HANG_S)

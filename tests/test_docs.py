@@ -127,13 +127,25 @@ def test_both_languages_show_the_same_code() -> None:
     assert code_blocks(READMES["README.md"]) == code_blocks(READMES["README_zh.md"])
 
 
-@pytest.mark.parametrize("path", ["README.md", "README_zh.md", "docs/ARCHITECTURE.md", "docs/PLACEMENT.md",
-                                  "CHANGELOG.md"])
-def test_links_and_named_files_exist(path: str) -> None:
+DOCUMENTS = sorted(str(path.relative_to(CHECKOUT)) for path in (*CHECKOUT.glob("*.md"), *CHECKOUT.glob("docs/*.md"),
+                                                                *CHECKOUT.glob("client/*.md")))
+
+
+def anchors(text: str) -> set[str]:
+    """Of the headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS)
+def test_links_lead_somewhere(path: str) -> None:
     text = (CHECKOUT / path).read_text()
-    folder = (CHECKOUT / path).parent
-    links = re.findall(r"\]\(([^)#:]+)\)", text) + re.findall(r'href="(\./[^"]+)"', text)
-    assert [link for link in links if not (folder / link).exists()] == []
+    links = re.findall(r"\]\(([^):]+)\)", text) + re.findall(r'href="(\./[^"]+)"', text)
+    for link in links:
+        file, _, anchor = link.partition("#")
+        target = (CHECKOUT / path).parent / file if file else CHECKOUT / path
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text()), link
 
 
 @each_readme
