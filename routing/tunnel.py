@@ -13,6 +13,7 @@ import orjson
 
 from errors import ManagerError
 from instances.instance import Lease
+from routing import tls_bridge
 from routing.framing import TUNNEL
 from routing.relay_process import Relays, RelayUnavailable
 from routing.relay_wire import Ended
@@ -37,6 +38,16 @@ def handshake(target: str, origin: Origin, headers: Mapping[str, str], upgrade: 
     return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
 
+def _connect(origin: Origin) -> socket.socket:
+    """Raises ConnectionRefused."""
+    if origin.tls is not None:
+        return tls_bridge.plain_end(origin)
+    try:
+        return socket.create_connection((origin.host, origin.port), CONNECT_TIMEOUT_S)
+    except OSError as error:
+        raise ConnectionRefused("the engine takes no connections") from error
+
+
 def open_tunnel(relays: Relays | None, client: socket.socket, lease: Lease, origin: Origin, request: bytes) -> None:
     """Connect to the backend and give both sockets to a relay, which releases the lease at the end.
 
@@ -44,13 +55,7 @@ def open_tunnel(relays: Relays | None, client: socket.socket, lease: Lease, orig
     """
     if relays is None:
         raise NoRelay("WebSockets need a relay process: set RELAYS to 1 or more")
-    if origin.tls is not None:
-        raise NoRelay(f"a WebSocket cannot be carried to a server behind https ({lease.instance_id})",
-                      code="no_relay_for_tls")
-    try:
-        upstream = socket.create_connection((origin.host, origin.port), CONNECT_TIMEOUT_S)
-    except OSError as error:
-        raise ConnectionRefused("the engine takes no connections") from error
+    upstream = _connect(origin)
     if not lease.runs():        # a stranger may have its port
         upstream.close()
         raise ConnectionRefused("the engine takes no connections")
