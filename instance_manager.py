@@ -308,7 +308,7 @@ class InstanceManager(Replicas):
             why="found again" if engine else "no engine of it was running; starting anew")
         if engine is not None and record.port is not None:
             self.resources.ports.take(record.id, record.port)
-            if record.state is State.STARTING:
+            if record.state in (State.STARTING, State.FALLING_ASLEEP, State.WAKING):    # its memory may be changing
                 self.resources.take_turn(record.id, record.devices, now)
         with self._changed:
             self._register(instance)

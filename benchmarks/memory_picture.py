@@ -85,7 +85,7 @@ def _legend(kinds: Mapping[str, tuple[str, str]]) -> list[str]:
     for colour, name in dict.fromkeys(kinds.values()):
         parts.append(f'<rect x="{at}" y="34" width="11" height="11" fill="{colour}"/>'
                      f'<text x="{at + 15}" y="43">{escape(name)}</text>')
-        at += 32 + 6 * len(name)
+        at += round(26 + 5.3 * len(name))
     return parts
 
 

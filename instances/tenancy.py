@@ -19,6 +19,7 @@ from instances.settling import Settling
 MEMORY_WAIT_S = 30.0        # for memory that was promised and that somebody still has,
 STILL_LACKS_S = 3.0         # if it becomes more; what lacks as much for so long is a stranger's
 ASLEEP_BYTES = 2 * GIB      # of a GPU, what a sleeper holds until it was measured: CUDA's context and more
+OVERRUN = 0.1               # of its plan, that an engine may take beyond it
 FREED_SHARE = 0.1           # a sleeper that has given back less does not really sleep
 
 
@@ -117,13 +118,19 @@ class Tenancy:
         held: Mapping[int, int] | None = self._resources.held_on(one.id, pids, now)
         if held is None and one.used_before and one.state in (State.STARTING, State.WAKING):
             used = self._resources.used_on(one.devices, now)
-            held = {index: max(0, used[index] - before) for index, before in one.used_before.items() if index in used}
+            held = {index: self._own_part(used[index] - before) for index, before in one.used_before.items()
+                    if index in used}
         elif held is None:
             held = one.held_on
         self._rooms.note_memory(one, held)
         if held and one.state is State.READY:
             self._resources.learn_memory(one, held, now)
         return held
+
+    def _own_part(self, came_bytes: int) -> int:
+        """Of what came in use on a device: what is far beyond the plan is a stranger's who came meanwhile."""
+        planned = self._instance.memory_planned_bytes
+        return max(0, came_bytes if planned is None or came_bytes <= (1 + OVERRUN) * planned else planned)
 
     def settled(self) -> Callable[[], bool]:
         """Asked again and again: whether the memory of its devices stands still."""

@@ -53,7 +53,7 @@ SIZES = (
 )
 KINDS = {size.name: (size.colour, f"{size.count} {size.name} ({size.weights_gib:g} GiB, {size.gpus} GPU"
                                   f"{'s' if size.gpus > 1 else ''})") for size in SIZES} | {
-    "foreign": ("#777", "foreign processes")}
+    "foreign": ("#777", "foreign")}
 SCHEDULE = ((8, 2, 30.0, 22), (12, 5, 60.0, 12), (20, 0, 15.0, 35), (30, 7, 45.0, 15), (42, 3, 70.0, 10))
 """Foreigners: when (seconds), on which GPU, how many GiB at the most, for how long."""
 PERIOD_S = 60.0

@@ -534,6 +534,17 @@ def test_without_figures_of_processes_it_is_what_came_in_use(tmp_path: Path, mon
     assert measured is not None and abs(measured - 20 * GIB) < GIB
 
 
+def test_a_stranger_that_came_meanwhile_is_not_learned_as_its_own(tmp_path: Path, monkeypatch: Patch) -> None:
+    world = world_of(tmp_path, monkeypatch, {"a": {"memory_mb": 20 << 10}})
+    world.devices.tells = False
+    a = world.demand("a")
+    with world.waiting("a"):
+        world.step(0.1)
+        world.devices.devices = (cuda(0, free_gib=50),)
+        up(world.engine(a), world)
+    assert world.view(a).memory_measured_bytes == 20 * GIB
+
+
 def test_a_plan_says_what_would_happen_and_nothing_happens(world: World) -> None:
     a = world.served("a")
     idle(world)
