@@ -41,6 +41,7 @@ DEMO_GPU_BYTES = 4 << 30        # what a tiny model needs of a GPU; the rest sta
 POLL_S = 0.25
 CALL_TIMEOUT_S = 60.0
 ANSWER_TIMEOUT_S = 300.0
+INTERRUPTED = 130
 PR_SET_PDEATHSIG = 1            # prctl(2)
 
 
@@ -245,11 +246,12 @@ def ask(client: Client, instance_id: str) -> None:
         say("KEY is one of your ADMIN_API_KEYS (for /v1 one of API_KEYS will do)")
 
 
-def greet(daemon: Daemon, settings: Settings, folder: Path) -> bool:
-    """Whether there was a first answer.  Blocks until then, or until the daemon ends."""
+def greet(daemon: Daemon, settings: Settings, folder: Path) -> int:
+    """The exit code so far: 0 with a first answer, 130 when interrupted before it, else 1.  Blocks until then, or until
+    the daemon ends."""
     client = wait_until_it_serves(daemon, settings)
     if client is None:
-        return False
+        return INTERRUPTED
     answered = False
     try:
         if (instance_id := load(client, folder)) is not None:
@@ -260,10 +262,10 @@ def greet(daemon: Daemon, settings: Settings, folder: Path) -> bool:
     except (requests.RequestException, KeyError, ValueError) as error:
         if not daemon.ending:
             say(f"no first answer: {error!r}")
-    if not daemon.ending:
-        say(f"serving on {client.url}{'' if answered else ' all the same'}; Ctrl-C stops everything, a second one"
-            " hurries")
-    return answered
+    if daemon.ending:       # looked at before it is said, as who reads it may press Ctrl-C at once
+        return 0 if answered else INTERRUPTED
+    say(f"serving on {client.url}{'' if answered else ' all the same'}; Ctrl-C stops everything, a second one hurries")
+    return 0 if answered else 1
 
 
 def main() -> int:
@@ -280,7 +282,7 @@ def main() -> int:
         print("vllm-server: interrupted; nothing was started", file=sys.stderr)
         return 130
     daemon = Daemon(environ)
-    code = 0 if greet(daemon, settings, folder) else 130 if daemon.ending else 1
+    code = greet(daemon, settings, folder)
     return daemon.wait() or code
 
 
