@@ -8,6 +8,7 @@ import platform
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -56,38 +57,44 @@ def machine() -> dict[str, str]:
             "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB", "python": platform.python_version()}
 
 
+def machine_line(about: Mapping[str, str], run: Run) -> str:
+    load = " to ".join(f"{value:.1f}" for value in run.load_average)
+    return (f"{about['cores']} cores ({about['cpu']}), {about['memory']}, Linux {about['kernel']}, "
+            f"Python {about['python']}; load average {load}; load and upstream run on the same cores")
+
+
 def as_text(run: Run) -> str:
     medians = run.medians()
-    about = machine()
-    load = " to ".join(f"{value:.1f}" for value in run.load_average)
-    lines = [f"{about['cores']} cores ({about['cpu']}), {about['memory']}, Linux {about['kernel']}, "
-             f"Python {about['python']}; load average {load}; load and upstream run on the same cores",
+    lines = [machine_line(machine(), run),
              f"medians of {run.repeat}, interleaved" + ("; QUICK: for function, not for figures" if run.quick else "")]
     lines += [f"  {name}: {version}" for name, version in run.versions.items()]
     lines += [f"  {name}: {why}" for name, why in run.absent.items()]
     for scenario in SCENARIOS.values():
         if any(key[0] == scenario.name for key in medians):
-            lines += ["", f"{scenario.name}: {scenario.title}", *_table(scenario, medians, run)]
+            lines += ["", f"{scenario.name}: {scenario.title}", *_aligned(rows(scenario, medians, run))]
     lines += ["", "Targets (this daemon)", *_verdict_table(run.verdicts(), run.quick)]
     lines += ["", *(f"note: {note}" for note in run.notes)] if run.notes else []
     return "\n".join(lines)
 
 
-def _table(scenario: Scenario, medians: Mapping[tuple[str, str], Sample], run: Run) -> list[str]:
-    """A row a server; the ratio is this daemon to the row's server by the first column, above 1 when ours is better."""
+def rows(scenario: Scenario, medians: Mapping[tuple[str, str], Sample], run: Run) -> list[list[str]]:
+    """The heading and a row a server.
+
+    The ratio is this daemon to the row's server by the first column, above 1 when ours is better.
+    """
     first = scenario.columns[0]
     ours = medians.get((scenario.name, SELF), {}).get(first)
-    rows = [["", *(HEADINGS[column] for column in scenario.columns), "spread", "ours is", "runs"]]
+    found = [["", *(HEADINGS[column] for column in scenario.columns), "spread", "ours is", "runs"]]
     for name in run.versions:
         sample = medians.get((scenario.name, name))
         if sample is None:
             continue
         repetitions = run.samples[scenario.name, name]
         values = [repetition[first] for repetition in repetitions if first in repetition]
-        rows.append([name, *(_number(sample.get(column)) for column in scenario.columns),
-                     f"{_number(min(values))}-{_number(max(values))}" if len(values) > 1 else "",
-                     _ratio(ours, sample.get(first), scenario.better), str(len(repetitions))])
-    return _aligned(rows)
+        found.append([name, *(_number(sample.get(column)) for column in scenario.columns),
+                      f"{_number(min(values))}-{_number(max(values))}" if len(values) > 1 else "",
+                      _ratio(ours, sample.get(first), scenario.better), str(len(repetitions))])
+    return found
 
 
 def _ratio(ours: float | None, theirs: float | None, better: str) -> str:
@@ -121,6 +128,14 @@ def _aligned(rows: Sequence[Sequence[str]], numbers: bool = True) -> list[str]:
     return lines
 
 
+def from_json(found: Mapping[str, Any]) -> Run:
+    """What `as_json` made of a run."""
+    samples = {(scenario, server): repetitions for scenario, servers in found["samples"].items()
+               for server, repetitions in servers.items()}
+    return Run(found["quick"], found["repeat"], found["versions"], found["absent"], samples, found["load_average"],
+               found["notes"])
+
+
 def as_json(run: Run) -> dict[str, Any]:
     def by_scenario(values: Mapping[tuple[str, str], Any]) -> dict[str, dict[str, Any]]:
         nested: dict[str, dict[str, Any]] = {}
@@ -128,7 +143,8 @@ def as_json(run: Run) -> dict[str, Any]:
             nested.setdefault(scenario, {})[server] = value
         return nested
 
-    return {"machine": machine(), "quick": run.quick, "repeat": run.repeat, "load_average": run.load_average,
+    return {"day": date.today().isoformat(), "machine": machine(), "quick": run.quick,
+            "repeat": run.repeat, "load_average": run.load_average,
             "versions": run.versions, "absent": run.absent, "notes": run.notes,
             "scenarios": {name: scenario.title for name, scenario in SCENARIOS.items()},
             "medians": by_scenario(run.medians()), "samples": by_scenario(run.samples),

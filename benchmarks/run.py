@@ -1,6 +1,7 @@
 """make bench: the data plane against direct access and against other proxies, in one run on one machine.
 
-    python benchmarks/run.py [--only SCENARIO…] [--against NAME…] [--repeat N] [--quick] [--json FILE]
+    python benchmarks/run.py [--only SCENARIO…] [--against NAME…] [--targets] [--repeat N] [--quick] [--json FILE]
+    python benchmarks/document.py FILE      # puts that run's tables into docs/PERFORMANCE.md
 
 Every server is started once, before a null upstream, on loopback; then each repetition goes through the scenarios,
 and each scenario through the servers in turn, so that whatever else the machine does falls on all of them.  What is
@@ -20,6 +21,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import scenarios
+import targets
 from processes import build, free_port, raise_file_limit
 from report import Run, as_json, as_text
 from scenarios import SCENARIOS, Scenario
@@ -68,14 +70,19 @@ class Bench:
         """About how long measuring will take; what fails takes longer."""
         repeat, quick = int(self._settings.repeat), bool(self._settings.quick)
         return sum((scenario.seconds(quick) + 1.5) * min(repeat, scenario.max_repeats)
-                   for scenario in chosen for name in self._servers if name not in scenario.skip) / 60
+                   for scenario in chosen for _ in self._names(scenario)) / 60
+
+    def _names(self, scenario: Scenario) -> list[str]:
+        """The servers that are measured in it."""
+        needed = targets.needed().get(scenario.name, ()) if self._settings.targets else self._servers
+        return [name for name in self._servers if name in needed and name not in scenario.skip]
 
     def measure_all(self, chosen: list[Scenario]) -> None:
         for repetition in range(self._settings.repeat):
             for scenario in chosen:
                 if repetition >= scenario.max_repeats:
                     continue
-                names = [name for name in self._servers if name not in scenario.skip]
+                names = self._names(scenario)
                 turn = repetition % max(len(names), 1)          # none is always the first after a rest
                 for name in names[turn:] + names[:turn]:
                     if time.monotonic() > self._deadline:
@@ -136,6 +143,7 @@ def _settings() -> argparse.Namespace:
                         help=", ".join([*SCENARIOS, *ALIASES]))
     parser.add_argument("--against", nargs="+", metavar="NAME", choices=list(KINDS),
                         help="besides direct and this daemon: " + ", ".join(KINDS))
+    parser.add_argument("--targets", action="store_true", help="only what a target is judged by: a third of the time")
     parser.add_argument("--repeat", type=int, help="repetitions, of which the median is taken (default 5; quick 1)")
     parser.add_argument("--quick", action="store_true", help="small and short, to see that all of it works")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all samples there")

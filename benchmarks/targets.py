@@ -53,6 +53,14 @@ _RATIOS = (
 )
 
 
+def needed() -> dict[str, set[str]]:
+    """Which servers must be measured in which scenario, for every target to be judged."""
+    servers: dict[str, set[str]] = {"ttfb_arrivals": {"direct", SELF}, "idle_10k": {SELF}}
+    for ratio in _RATIOS:
+        servers.setdefault(ratio.scenario, {SELF}).add(ratio.other)
+    return servers
+
+
 def _value(medians: Medians, scenario: str, server: str, metric: str) -> float | None:
     return medians.get((scenario, server), {}).get(metric)
 

@@ -19,7 +19,7 @@ import pytest
 from support import wait_until
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-OWN_MODULES = ("processes", "servers", "scenarios", "targets", "report")
+OWN_MODULES = ("processes", "servers", "scenarios", "targets", "report", "document")
 EVENT = b"data: {\"choices\": []}\n\n"
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
@@ -233,3 +233,33 @@ def test_targets_are_judged_by_ratio_difference_and_limit(targets: ModuleType) -
     assert reached["memory with 1,000 streams open (PSS)"] is True
     assert reached["1,000 streams at once: errors"] is False
     assert reached["JSON of 1 kB, 32 connections: requests/s against litellm"] is None
+
+
+def test_every_target_names_who_must_be_measured(targets: ModuleType) -> None:
+    """Else a run that measures only those would leave one open."""
+    figures = dict.fromkeys(("events_per_s", "requests_per_s", "sent_mb_per_s", "gap_p99_ms", "first_p50_ms",
+                             "first_p99_ms", "pss_mb", "cpu_us_per_event", "held"), 1.0)
+    medians = {(scenario, server): figures for scenario, servers in targets.needed().items() for server in servers}
+    verdicts = targets.judge(medians, dict.fromkeys(medians, 0.0))
+    assert [verdict.name for verdict in verdicts if verdict.measured == "not measured"] == []
+
+
+def test_a_run_is_put_into_its_document(targets: ModuleType) -> None:
+    document, report = importlib.import_module("document"), importlib.import_module("report")
+    run = report.Run(False, 2, {"this daemon": "v1", "nginx": "1.22"}, {"caddy": "not installed\nat all"},
+                     notes=["slow"])
+    run.samples = {("body_4mb", name): [{"sent_mb_per_s": rate, "errors": 0.0} for rate in rates]
+                   for name, rates in (("this daemon", (300.0, 500.0)), ("nginx", (1000.0,)))}
+    found = json.loads(json.dumps(report.as_json(run)))
+    tables = document.as_markdown(found)
+    assert "| this daemon | 400 |" in tables and "| 0.4 x |" in tables and "- caddy: not installed\n" in tables
+    assert "bytes/s against nginx | at least 0.5 x nginx | 0.4 x (400 to 1,000) | **not reached** |" in tables
+    text = f"# P\n\n{document.BEGIN}\nold\n{document.END}\nrest\n"
+    written = document.with_tables(text, tables)
+    assert tables in written and "old" not in written and written.endswith("rest\n")
+    assert document.with_tables(written, tables) == written
+    with pytest.raises(ValueError):
+        document.with_tables("no marks", tables)
+    with pytest.raises(ValueError):
+        document.as_markdown(found | {"quick": True})
+    assert document.with_tables(document.DOCUMENT.read_text(), tables)
