@@ -24,9 +24,10 @@ demo: .venv/run.stamp           ## the same with a simulated engine: up in secon
 test: check                     ## lint, types and the tests that need no engine (under two minutes)
 	$(PYTEST) $(SIDE_BY_SIDE)
 
-check: .venv/dev.stamp          ## ruff, mypy, and who may import whom
+check: .venv/dev.stamp          ## ruff, mypy, who may import whom, risky calls, secrets, packages with known holes
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+	$(PY) -m scripts.check_security
 	$(PYTEST) tests/test_imports.py
 
 e2e: .venv/dev.stamp            ## the tests with real vLLM, which is installed when there is none

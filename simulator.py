@@ -69,7 +69,7 @@ def bind(uds: str | None, host: str | None, port: int, *, taken: bool) -> tuple[
     listener = socket.socket(socket.AF_INET6 if ":" in (host or "") else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((host or "", port))
-    return listener, f"http://{host or '0.0.0.0'}:{listener.getsockname()[1]}"
+    return listener, f"http://{host or '0.0.0.0'}:{listener.getsockname()[1]}"  # nosec B104
 
 
 if __name__ == "__main__":

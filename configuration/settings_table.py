@@ -140,7 +140,7 @@ SERVER, ACCESS, INSTANCES, DEMAND, BALANCE, TIMES, FLAGS, ENGINE = (
 _COUNT, _PORT, _WAIT, _SPAN = _whole(1, 10 ** 6), _whole(0, 65535), _seconds(zero=True), _seconds(zero=False)
 
 SETTINGS: tuple[Setting, ...] = (
-    Setting(SERVER, "APP_HOST", "host", "0.0.0.0", _host, "Address to listen on"),
+    Setting(SERVER, "APP_HOST", "host", "0.0.0.0", _host, "Address to listen on"),  # nosec B104
     Setting(SERVER, "APP_PORT", "port", "5000", _PORT, "Port to listen on; 0 picks a free one", ("PROXY_PORT",)),
     Setting(SERVER, "APP_DEBUG", "debug", "false", _boolean, "Log at level DEBUG, whatever LOG_LEVEL says"),
     Setting(SERVER, "APP_THREADS", "threads", "512", _COUNT,

@@ -21,7 +21,7 @@ PROC = Path("/proc")
 BLIND = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 """Why this process cannot look, which says nothing of what it looks for.  What is not seen for another reason is gone,
 or not ours to see."""
-SHARED_MEMORY = re.compile(r"/dev/shm/(?:psm_|sem\.|mp-|torch_|nccl-|vllm|__KMP_REGISTERED_LIB_)[^/]*")
+SHARED_MEMORY = re.compile(r"/dev/shm/(?:psm_|sem\.|mp-|torch_|nccl-|vllm|__KMP_REGISTERED_LIB_)[^/]*")  # nosec B108
 """Files that engines make there: of multiprocessing, torch, NCCL, vLLM and OpenMP.  Others are not theirs to lose:
 people keep whole models in /dev/shm, which an engine maps too.
 """

@@ -173,7 +173,7 @@ class Client:
 
 def wait_until_it_serves(daemon: Daemon, settings: Settings) -> Client | None:
     """Its client, or None when it ended instead (its log has said why)."""
-    host = "localhost" if settings.host in ("0.0.0.0", "::") else settings.host
+    host = "localhost" if settings.host in ("0.0.0.0", "::") else settings.host  # nosec B104
     host = f"[{host}]" if ":" in host else host
     while not daemon.ending:
         if (port := listening_port(daemon.process.pid)) is not None:

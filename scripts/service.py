@@ -114,7 +114,7 @@ def start(arguments: tuple[str, ...], *, background: bool) -> None:
 
 def _start_behind(command: list[str], environ: dict[str, str], started_as: Callable[[int], Started]) -> None:
     """Until it says that it serves (web/notify.py).  Raises Problem with the end of its log when it ends instead."""
-    folder = Path(tempfile.mkdtemp(prefix="vllm-server-", dir="/tmp"))      # a socket's path ends at 107 bytes
+    folder = Path(tempfile.mkdtemp(prefix="vllm-server-", dir="/tmp"))  # nosec B108  # a socket's path ends at 107
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told, open_log(LOG) as output:
             told.bind(str(folder / "notify"))

@@ -20,7 +20,7 @@ async def accept(service: Service, request: Request) -> Response | EventStream:
     key = request.headers.get("sec-websocket-key")
     if request.headers.get("upgrade", "").lower() != "websocket" or not key:
         return json_response({"detail": "Not Found"}, 404)
-    answer = base64.b64encode(hashlib.sha1(key.encode() + MAGIC).digest()).decode()
+    answer = base64.b64encode(hashlib.sha1(key.encode() + MAGIC, usedforsecurity=False).digest()).decode()
     head = ("HTTP/1.1 101 Switching Protocols\r\nupgrade: websocket\r\nconnection: Upgrade\r\n"
             f"sec-websocket-accept: {answer}\r\nserver: uvicorn\r\n\r\n")
     raise Upgrade(head.encode(), lambda transport, rest: EchoSocket(transport, rest))

@@ -198,7 +198,7 @@ def state_disk(folder: Path) -> Finding:
                    "logs and records need room: free some, or set STATE_DIR" if low else "")
 
 
-def shared_memory(folder: Path = Path("/dev/shm")) -> Finding:
+def shared_memory(folder: Path = Path("/dev/shm")) -> Finding:  # nosec B108
     total = shutil.disk_usage(folder).total if folder.is_dir() else 0
     if total >= SHM_WARN_BYTES:
         return Finding("shared memory", Verdict.OK, f"{words.size(total)} in {folder}")

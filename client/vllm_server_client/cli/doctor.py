@@ -18,7 +18,7 @@ from vllm_server_client.cli.terminal import Command, Terminal
 
 MARKS = {Verdict.OK: ("ok", "green"), Verdict.WARN: ("warn", "yellow"), Verdict.FAIL: ("FAIL", "bold red"),
          Verdict.SKIP: ("skip", "dim")}
-LOCAL = frozenset({"localhost", "127.0.0.1", "::1", "0.0.0.0"})
+LOCAL = frozenset({"localhost", "127.0.0.1", "::1", "0.0.0.0"})  # nosec B104
 SERVER_TIMEOUT_S = 10.0
 
 
