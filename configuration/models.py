@@ -62,6 +62,11 @@ class Catalog:
         return sorted(self._by_name)
 
     @cached_property
+    def with_replicas(self) -> tuple[ModelConfig, ...]:
+        """Those of which there may be more than one."""
+        return tuple(model for model in self.models.values() if model.replicas[1] > 1)
+
+    @cached_property
     def _by_name(self) -> dict[str, ModelConfig]:
         return {name: model for model in self.models.values() for name in model.served_names}
 

@@ -108,8 +108,9 @@ class Replicas(Demand):
         memory, rule = self._memories[entry.id], self._rule(entry)
         look = self._look(entry, now, loads)
         memory.looks = scaling.remembered(memory.looks, look, rule)
-        decision = scaling.decide(memory.looks, look, rule, full_at=memory.full_at,
-                                  hindered=self._hindrance(entry, now))
+        decision = scaling.decide(memory.looks, look, rule, full_at=memory.full_at)
+        if decision.change is Change.GROW and (why := self._hindrance(entry, now)) is not None:
+            decision = scaling.decide(memory.looks, look, rule, full_at=memory.full_at, hindered=why)
         if decision.change is Change.GROW:
             memory.full_at = scaling.places_in_use(memory.looks) or memory.full_at
         memory.decision = decision
@@ -157,8 +158,8 @@ class Replicas(Demand):
 
     # --- inside; the caller holds the lock ------------------------------------------------------------------------
 
-    def _scaled_entries(self) -> list[ModelConfig]:
-        return [entry for entry in self.settings.catalog.models.values() if entry.replicas[1] > 1]
+    def _scaled_entries(self) -> tuple[ModelConfig, ...]:
+        return self.settings.catalog.with_replicas
 
     def _own(self, entry: ModelConfig) -> list[Instance]:
         """The entry's active instances that are not somebody's own."""

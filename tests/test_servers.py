@@ -342,6 +342,24 @@ def test_another_vllm_server_offers_what_it_has_and_a_loop_is_found(tmp_path: Pa
         assert (via.status, via.error["code"]) == (508, "loop_detected")
 
 
+def test_a_model_that_another_vllm_server_would_have_to_load_is_loaded_there(tmp_path: Path) -> None:
+    with Daemon(tmp_path / "second") as second:
+        (second.folder / "config.yaml").write_text(
+            json.dumps({"models": {"cold": {"model_path": "org/cold"}, "bad": {
+                "model_path": "org/bad", "params": {"additional_config": {"sim": {"fail": "no_weights"}}}}}}))
+        wait_until(lambda: second.get("/admin/models/bad").status == 200)
+        with daemon_with(tmp_path / "first", "[servers]\nservers = [{ url = \"http://127.0.0.1:"
+                         f"{second.port}\", max_concurrent_requests = 8 }}]\n") as first:
+            wait_until(lambda: listed(first).get("cold", {}).get("status") == "unloaded")
+            assert second.instances() == []
+            answer = first.post("/v1/completions", ASK | {"model": "cold"})
+            assert answer.status == 200 and "simulated" in answer.body.decode()
+            assert first.instances() == [] and [one["status"] for one in second.instances()] == ["ready"]
+            failed = first.post("/v1/completions", ASK | {"model": "bad"})
+            assert (failed.status, failed.error["code"]) == (404, "no_weights")     # its cause, as it was told there
+            second.remove()
+
+
 def every_answer_has_an_id(answers: Sequence[Answer]) -> None:
     assert all(answer.headers["x-request-id"] for answer in answers)
     assert len({answer.headers["x-request-id"] for answer in answers}) == len(answers)
