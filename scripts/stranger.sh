@@ -100,7 +100,7 @@ else
     expect load 0 'ready' "$vllm_server" load demo
 fi
 expect loaded 0 'demo.*ready' "$vllm_server" ps
-expect chat 0 '[A-Za-z]{3,}' "$vllm_server" chat demo -t 0 -m 24 "Hello, who are you?"
+expect chat 0 '"content": ?"[^"]*[a-z]{3}' "$vllm_server" --json chat demo -t 0 -m 24 "Hello, who are you?"
 expect curl 0 '"choices"' curl -fsS "$VLLM_SERVER_URL/v1/chat/completions" -H 'Content-Type: application/json' \
     -d '{"model": "demo", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8}'
 
@@ -121,7 +121,7 @@ fi
 
 expect sleep 0 'asleep|sleeping' "$vllm_server" sleep demo
 expect sleeps 0 'demo.*sleeping' "$vllm_server" ps
-expect wakes-for-a-chat 0 '[A-Za-z]{3,}' "$vllm_server" chat demo -t 0 -m 8 "Again"
+expect wakes-for-a-chat 0 '"content": ?"[^"]*[a-z]{3}' "$vllm_server" --json chat demo -t 0 -m 8 "Again"
 expect status 0 'demo +(ready|sleeping)' scripts/status.sh -v
 expect stop-model 0 'stopped' "$vllm_server" stop demo
 expect stop 0 'stopped' scripts/stop.sh
