@@ -149,7 +149,7 @@ def load_settings(environ: Mapping[str, str], *, env_file: Path | None = None, c
                     flags_config=MappingProxyType(flags_config), flags_env=MappingProxyType(flags_env),
                     engine_env=MappingProxyType(engine_variables(env_layer, environ)),
                     warnings=(*_warnings(layers, flags_config, flags_env), *_second_file(config_file, cwd),
-                              *servers.warnings))
+                              *servers.warnings, *_seen_by_others(_secret_files(layers, file, config_path, cwd, home))))
 
 
 def _values(layers: tuple[Layer, ...], cwd: Path, home: Path) -> dict[str, Any]:
@@ -297,6 +297,24 @@ def _warnings(layers: tuple[Layer, ...], *user_flags: Mapping[str, Any]) -> tupl
                 found.append(f"{names[1]} is an older name of {names[0]} and is ignored beside it.")
     found += [f"{name} {why}." for name, why in REFUSED.items() if name in layers[1]]
     return tuple(found)
+
+
+def _secret_files(layers: tuple[Layer, ...], file: ConfigFile, config_path: Path | None, cwd: Path,
+                  home: Path) -> Iterable[Path]:
+    """Files that keys or tokens stand in."""
+    named = [value(setting, layers) for setting in SETTINGS if setting.name in ("API_KEYS_FILE", "ADMIN_API_KEYS_FILE")]
+    yield from (_path(text, cwd, home) for text in named if text is not None)
+    yield from {Path(one.where.rpartition(":")[0]) for setting in SETTINGS if setting.secret
+                for _, one in given(setting, layers[2])}
+    models = file.catalog.models.values()
+    if config_path is not None and (file.keys or file.admin_keys or any(model.hf_token for model in models)):
+        yield config_path
+
+
+def _seen_by_others(paths: Iterable[Path]) -> Iterable[str]:
+    for path in paths:
+        if path.stat().st_mode & 0o004:
+            yield f"{path} holds keys, and every user of this machine can read it: chmod o-r {path}"
 
 
 def _second_file(wanted: Path | None, cwd: Path) -> Iterable[str]:

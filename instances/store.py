@@ -76,6 +76,9 @@ class StateDir:
         self._lock: int | None = None
         for folder in (path, self.logs, self._instances):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with contextlib.suppress(OSError):      # one that somebody made for us: ours it is, but for us alone
+                if folder.stat().st_mode & 0o077:
+                    folder.chmod(0o700)
 
     def log_path(self, instance_id: str) -> Path:
         return self.logs / f"{instance_id}.log"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import os
 import re
 import signal
 import subprocess
@@ -27,9 +28,9 @@ PR_SET_PDEATHSIG = 1        # prctl(2)
 
 def run(terminal: Terminal, command: Sequence[str], folder: Path) -> int:
     """Until the monitor is left, or the daemon has ended; then its exit code."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     log = folder / LOG_NAME
-    with open(log, "wb") as output:
+    with open(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as output:     # the owner's alone
         # In a session of its own: a Ctrl-C in the monitor is the monitor's.
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                                    start_new_session=True, preexec_fn=_end_with_parent)
