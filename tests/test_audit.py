@@ -49,6 +49,15 @@ def test_it_tells_what_was_made(tmp_path: Path) -> None:
     log.close()
 
 
+def test_an_answer_that_an_engine_makes_is_left_alone(tmp_path: Path) -> None:
+    """Of a route that is management and goes to an engine: its body is on its way, and not ours to read."""
+    log = AuditLog(tmp_path / "audit.log")
+    passing = Response(iter([b"{}"]), status=404, mimetype="application/json", direct_passthrough=True)
+    note(log, "POST", "/v1/load_lora_adapter", passing)
+    log.close()
+    assert [(one["status"], one["code"]) for one in log.last(10)] == [(404, None)]
+
+
 def test_the_file_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(audit, "AUDIT_BYTES", 2000)
     log = AuditLog(tmp_path / "audit.log")

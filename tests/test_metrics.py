@@ -183,7 +183,8 @@ def test_load_stats_tell_of_each_backend_and_all_together(daemon: Daemon, instan
         "why": "",
         "running": 3, "waiting": 0, "in_flight": 0, "capacity": 8, "weight": 1.0, "utilization": 0.375,
         "utilization_percent": 37.5, "current_load": 3, "max_capacity": 8, "available_capacity": 5, "cache_usage": 0.5,
-        "circuit": "closed", "models": [], "last_updated": ""}
+        "circuit": "closed", "models": [], "last_updated": "", "tokens_per_s": None, "prompt_tokens_per_s": None,
+        "requests_per_s": None, "ttft_s": None}
     assert there["models"] == ["m"] and there["last_updated"]
     assert (here["id"], here["kind"], here["health"], here["capacity"]) == (instance["id"], "instance", "ready", 8)
     assert found["summary"] == {"total_servers": 2, "healthy_servers": 2, "total_running": 3, "total_waiting": 0,

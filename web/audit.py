@@ -44,7 +44,8 @@ class AuditLog:
         refused = response.status_code in (401, 403)
         if not is_management(request.path) or (request.method in LOOKS and not refused):
             return
-        body = response.get_json(silent=True) if response.is_json else None
+        ours = response.is_json and not response.direct_passthrough     # else it is an engine's, and on its way
+        body = response.get_json(silent=True) if ours else None
         told = body if isinstance(body, dict) else {}
         error = told.get("error") if response.status_code >= 400 else None
         entry = {"at": round(self._wall(), 3), "who": who(request), "from": request.remote_addr,

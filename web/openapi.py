@@ -35,6 +35,7 @@ ERRORS: Mapping[str, Mapping[int, str]] = {
 EVERYWHERE = {400: "`bad_request`: not as it should be",
               500: "`internal_error`: the daemon failed, its log says how",
               503: "`overloaded`: all threads, connections or room for bodies are taken"}
+OTHER = {"description": "The engine's own"}
 PARAMETERS = {
     "instance_id": "As `GET /instances` lists it", "name": "Of a model, or an alias of it; it may hold slashes",
     "response_id": "As the engine gave it", "path": "Of the engine, which may hold slashes"}
@@ -79,17 +80,20 @@ class Errors:
     """Each error answer once, however many routes have it."""
 
     def __init__(self) -> None:
-        self._names: dict[tuple[int, str], str] = {}
+        self._names: dict[tuple[int, str, bool], str] = {}
 
-    def ref(self, status: int, what: str) -> dict[str, Any]:
-        alike = sum(one == status for one, _ in self._names)
-        return {"$ref": f"#/components/responses/{self._names.setdefault((status, what), f'{status}-{alike + 1}')}"}
+    def ref(self, status: int, what: str, *, engine: bool) -> dict[str, Any]:
+        """`engine`: it may also be the engine's own error of this status."""
+        alike = sum(one == status for one, _, _ in self._names)
+        name = self._names.setdefault((status, what, engine), f"{status}-{alike + 1}")
+        return {"$ref": f"#/components/responses/{name}"}
 
     def responses(self) -> dict[str, Any]:
         return {name: {"description": what or "See the message",
                        "headers": _headers("X-Request-Id", *(("Retry-After",) if status in (429, 503) else ())),
-                       "content": {"application/json": {"schema": named("Error")}}}
-                for (status, what), name in self._names.items()}
+                       "content": {"application/json": {"schema": {"anyOf": [named("Error"), OTHER]} if engine
+                                                        else named("Error")}, **({"*/*": {}} if engine else {})}}
+                for (status, what, engine), name in self._names.items()}
 
 
 def _operation(route: Route, shared: Errors) -> dict[str, Any]:
@@ -107,7 +111,7 @@ def _operation(route: Route, shared: Errors) -> dict[str, Any]:
         found["requestBody"] = {"required": route.body_required,
                                 "content": {kind: {"schema": route.body} for kind in route.body_kinds}}
     answers = {status: _answer(one, route) for status, one in route.answers.items()}
-    answers |= {status: shared.ref(status, what) for status, what in sorted(errors.items())}
+    answers |= {status: shared.ref(status, what, engine=route.engine) for status, what in sorted(errors.items())}
     found["responses"] = {str(status): one for status, one in answers.items()}
     if route.engine:
         found["responses"]["default"] = {"description": "An error of the engine, as it wrote it"}
