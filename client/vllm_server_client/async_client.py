@@ -18,10 +18,14 @@ from vllm_server_client.types import (
     ConfiguredModel,
     Devices,
     Embeddings,
+    Event,
     Health,
+    History,
     Instance,
+    LoadStats,
     Model,
     Plan,
+    RecentRequest,
     Reload,
     Version,
 )
@@ -140,7 +144,22 @@ class AsyncVLLMProxyClient(AsyncTransport):
         return cast(Version, await self._json(Call("GET", "/version")))
 
     async def audit(self, *, tail: int | None = None) -> list[AuditEntry]:
-        return cast(list[AuditEntry], await self._list(calls.audit(tail)))
+        return cast(list[AuditEntry], await self._list(calls.look("/admin/audit", tail=tail)))
+
+    async def load_stats(self) -> LoadStats:
+        return cast(LoadStats, await self._json(calls.look("/load-stats")))
+
+    async def history(self, *, since: float | None = None) -> History:
+        return cast(History, await self._json(calls.look("/admin/history", since=since)))
+
+    async def events(self, *, tail: int | None = None) -> list[Event]:
+        return cast(list[Event], await self._list(calls.look("/admin/events", tail=tail)))
+
+    def follow_events(self, *, after: int | None = None) -> AsyncGenerator[dict[str, Any], None]:
+        return self._feed(calls.feed(after))
+
+    async def recent_requests(self, *, tail: int | None = None, failed: bool = False) -> list[RecentRequest]:
+        return cast(list[RecentRequest], await self._list(calls.look("/admin/requests", tail=tail, failed=failed)))
 
     async def reload(self) -> Reload:
         return cast(Reload, await self._json(Call("POST", "/admin/reload")))

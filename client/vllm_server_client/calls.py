@@ -17,6 +17,7 @@ DEFAULT_URL = "http://127.0.0.1:5000"
 URL_VARIABLE = "VLLM_SERVER_URL"
 KEY_VARIABLE = "VLLM_SERVER_API_KEY"
 DONE = "[DONE]"
+FEED_SILENCE_S = 60.0       # a feed of events says every 15 s that it is there
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Call:
     body: Mapping[str, Any] | None = None
     query: Mapping[str, str] = field(default_factory=dict)
     timeout_s: float | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def repeatable(self) -> bool:
@@ -97,6 +99,11 @@ def read_event(data: str) -> Any:
     return chunk
 
 
+def feed(after: int | None) -> Call:
+    return Call("GET", "/admin/events", query={"follow": "1"}, timeout_s=FEED_SILENCE_S,
+                headers={} if after is None else {"Last-Event-ID": str(after)})
+
+
 def chat_text(chunk: Mapping[str, Any]) -> str:
     """The text that a chunk adds to the first answer."""
     choices = chunk.get("choices") or [{}]
@@ -143,8 +150,11 @@ def tiered(instance_id: str, action: str, timeout_s: float | None, **fields: int
     return Call("POST", f"/instances/{_segment(instance_id)}/{action}", given, timeout_s=timeout_s)
 
 
-def audit(tail: int | None) -> Call:
-    return Call("GET", "/admin/audit", query={} if tail is None else {"tail": str(tail)})
+def look(path: str, **query: float | None) -> Call:
+    """A GET; `query` values that are None or False are left out."""
+    words = {name: repr(value) if isinstance(value, float) else str(int(value)) for name, value in query.items()
+             if value is not None and value is not False}
+    return Call("GET", path, query=words)
 
 
 def instance(instance_id: str, action: str = "", *, method: str = "GET", body: Mapping[str, Any] | None = None,

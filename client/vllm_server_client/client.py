@@ -18,10 +18,14 @@ from vllm_server_client.types import (
     ConfiguredModel,
     Devices,
     Embeddings,
+    Event,
     Health,
+    History,
     Instance,
+    LoadStats,
     Model,
     Plan,
+    RecentRequest,
     Reload,
     Version,
 )
@@ -163,7 +167,28 @@ class VLLMProxyClient(Transport):
 
     def audit(self, *, tail: int | None = None) -> list[AuditEntry]:
         """Who managed what lately, oldest first; 200 entries if nothing is said."""
-        return cast(list[AuditEntry], self._list(calls.audit(tail)))
+        return cast(list[AuditEntry], self._list(calls.look("/admin/audit", tail=tail)))
+
+    def load_stats(self) -> LoadStats:
+        """The load of each instance and of each server on another machine, and of all together."""
+        return cast(LoadStats, self._json(calls.look("/load-stats")))
+
+    def history(self, *, since: float | None = None) -> History:
+        """Figures of the last hour, a sample every few seconds; `since` (wall clock seconds): only what is later."""
+        return cast(History, self._json(calls.look("/admin/history", since=since)))
+
+    def events(self, *, tail: int | None = None) -> list[Event]:
+        """What happened to instances, oldest first; the last 100 if nothing is said."""
+        return cast(list[Event], self._list(calls.look("/admin/events", tail=tail)))
+
+    def follow_events(self, *, after: int | None = None) -> Generator[dict[str, Any], None, None]:
+        """What happens from now on, or since the event with the id `after`: beside what `events` tells also `instance`
+        (one that changed), `gone` and `sample` (the newest figures)."""
+        return self._feed(calls.feed(after))
+
+    def recent_requests(self, *, tail: int | None = None, failed: bool = False) -> list[RecentRequest]:
+        """The last requests for models, oldest first, never what they asked; `failed`: only those that failed."""
+        return cast(list[RecentRequest], self._list(calls.look("/admin/requests", tail=tail, failed=failed)))
 
     def reload(self) -> Reload:
         """Make the server read its settings anew; the names of those that changed."""

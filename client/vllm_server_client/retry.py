@@ -42,7 +42,7 @@ class SendOptions:
         timeout = httpx.Timeout(None if math.isinf(silence_s) else silence_s,
                                 connect=min(self.connect_timeout_s, silence_s))
         return {"method": call.method, "url": call.path, "json": call.body, "params": dict(call.query) or None,
-                "timeout": timeout}
+                "headers": dict(call.headers) or None, "timeout": timeout}
 
     def retrying(self, call: Call) -> dict[str, Any]:
         """For tenacity.Retrying and AsyncRetrying alike."""

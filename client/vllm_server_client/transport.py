@@ -66,6 +66,15 @@ class Transport:
                     yield calls.read_event(event.data)
             raise calls.ended_early(self.base_url)
 
+    def _feed(self, call: Call) -> Generator[Any, None, None]:
+        """Events that have a name each, until the server ends them."""
+        response = self._open(call)
+        with closing(response), self._send_options.translated_in_stream(call):
+            calls.check_event_stream(response)
+            for event in EventSource(response).iter_sse():
+                if event.data:
+                    yield calls.read_event(event.data)
+
     def _lines(self, call: Call) -> Generator[str, None, None]:
         response, rest = self._open(call), ""
         with closing(response), self._send_options.translated_in_stream(call):
@@ -132,6 +141,15 @@ class AsyncTransport:
                     if event.data:
                         yield calls.read_event(event.data)
                 raise calls.ended_early(self.base_url)
+
+    async def _feed(self, call: Call) -> AsyncGenerator[Any, None]:
+        response = await self._open(call)
+        async with _closing(response), aclosing(EventSource(response).aiter_sse()) as events:
+            with self._send_options.translated_in_stream(call):
+                calls.check_event_stream(response)
+                async for event in events:
+                    if event.data:
+                        yield calls.read_event(event.data)
 
     async def _lines(self, call: Call) -> AsyncGenerator[str, None]:
         response, rest = await self._open(call), ""

@@ -9,7 +9,7 @@ from typing import NoReturn
 import click
 
 from vllm_server_client import __version__
-from vllm_server_client.cli import chat, doctor, instances, models, run, server, top
+from vllm_server_client.cli import chat, doctor, instances, models, run, server, stats, top
 from vllm_server_client.cli.exits import MEANINGS, Exit
 from vllm_server_client.cli.server import VARIABLE
 from vllm_server_client.cli.terminal import Group
@@ -27,7 +27,8 @@ def cli() -> None:
 
 
 for each in (instances.ps, models.models, models.load, models.plan, models.unload, instances.stop, instances.sleep,
-             instances.wake, instances.logs, chat.chat, top.top, instances.gpus, server.health, server.audit,
+             instances.wake, instances.logs, chat.chat, top.top, stats.stats, stats.events, stats.requests,
+             instances.gpus, server.health, server.audit,
              server.reload, run.run, doctor.doctor, server.completion):
     cli.add_command(each)
 

@@ -89,7 +89,8 @@ def table(columns: Sequence[str], rows: Iterable[Row], *, wide: int = 1) -> Tabl
     return made
 
 
-NUMBERS = frozenset({"memory", "busy", "waiting", "tokens/s", "cache", "used", "total", "free", "load", "running"})
+NUMBERS = frozenset({"memory", "busy", "waiting", "tokens/s", "cache", "used", "total", "free", "load", "running",
+                     "requests/s", "first token", "seconds"})
 
 
 # --- options of every command ----------------------------------------------------------------------------------------

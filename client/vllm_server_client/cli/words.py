@@ -32,6 +32,16 @@ def span(seconds: float | None) -> str:
     return " ".join(f"{count} {unit}" for count, unit in parts[first:first + 2] if count) or "0 s"
 
 
+def rate(per_s: float | None) -> str:
+    """A second: 0, 0.05, 2.5, 130."""
+    return "-" if per_s is None else f"{per_s:.0f}" if per_s >= 9.95 or per_s == 0 else f"{per_s:.2g}"
+
+
+def wait(seconds: float | None) -> str:
+    """A short time: 35 ms, 1.25 s."""
+    return "-" if seconds is None else f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
 def state(instance: Mapping[str, Any]) -> Text:
     """An instance's state, with how far a start is."""
     status = instance["status"]
