@@ -17,7 +17,7 @@ from instances.rooms import Rooms
 from instances.settling import Settling
 
 MEMORY_WAIT_S = 30.0        # for memory that was promised and that somebody still has,
-STILL_LACKS_S = 3.0         # if it becomes more; what lacks as much for so long is a stranger's
+STILL_LACKS_S = 5.0         # if it becomes more; what lacks as much for so long is a stranger's
 ASLEEP_BYTES = 2 * GIB      # of a GPU, what a sleeper holds until it was measured: CUDA's context and more
 OVERRUN = 0.1               # of its plan, that an engine may take beyond it
 FREED_SHARE = 0.1           # a sleeper that has given back less does not really sleep
