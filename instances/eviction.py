@@ -9,6 +9,7 @@ is in use every minute.
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -298,8 +299,7 @@ def _cheapest_guesses(items: Mapping[int, list[Item]], left: Mapping[int, int], 
         if index not in guesses:
             guesses[index] = _guess(items[index], left[index], host)
         if (guess := guesses[index]) is not None:
-            ranked.append((guess.cost_us, left[index], index))
-            ranked.sort()
+            insort(ranked, (guess.cost_us, left[index], index))
     return [(index, guess) for _, _, index in ranked[:REFINED_DEVICES] if (guess := guesses[index]) is not None]
 
 
