@@ -2,10 +2,12 @@
 
     .venv/bin/python benchmarks/choosing.py [--servers 1000] [--models 10000] [--repeat 20000] [--checks 30]
 
-Each server has a hundred of the models, and one model is everywhere.  A choice is what a request pays: find who has its
-model, look at them, choose, take the lease, give it back.  Times of choices are this thread's on the processor, so that
-what else the machine does is not counted.  `--checks` then runs the checker for so many seconds against one process
-that answers for all servers, a twentieth of which hangs, and counts how many are checked within their interval.
+Each server has a hundred of the models, and one model is everywhere.  A choice is what a request pays: find who has
+its model, look at them, choose, take the lease, give it back.  Times of choices are the thread's on the processor; what
+else the machine does shows all the same, in caches and interrupts.  So each is timed three times in a row: the best of
+the three is what the choice itself costs, and its p99 what the most expensive ones do.  `--checks` then runs the
+checker for so many seconds against one process that answers for all servers, a twentieth of which hangs, and counts how
+many are checked within their interval.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ from routing.scrape import Gauges, Offered
 EVERYWHERE = "everywhere"
 EACH = 100                  # models of one server
 INTERVAL_S = 10.0           # health_check_interval, as printed
+TIMES = 3                   # that each choice is timed
+BOUND_US = 50
 HANGING = 20                # every so many servers, one hangs
 PAGE = (b"# " + b"x" * 49_000 + b'\nvllm:num_requests_running{engine="0"} 3.0\n'
         b'vllm:num_requests_waiting{engine="0"} 1.0\n')
@@ -56,26 +60,31 @@ def fleet_of(servers: int, models: int, draw: random.Random, base: str = "http:/
     return fleet
 
 
-def timed(balancer: Balancer, asks: list[Ask], repeat: int) -> list[float]:
-    """Microseconds of each choice, with its lease taken and given back."""
+def timed(balancer: Balancer, asks: list[Ask], repeat: int) -> list[tuple[float, ...]]:
+    """Microseconds of each choice, with its lease taken and given back, three times in a row."""
     fleet, found = balancer.fleet, []
     for ask in asks[:2000]:
         balancer.choose([], ask)    # the second request for a model finds its servers looked up
     for index in range(repeat):
         ask = asks[index % len(asks)]
-        begun = time.thread_time_ns()
-        choice = balancer.choose([], ask)
-        assert choice is not None
-        fleet.lease(choice.id, ask.model).release(ok=True)
-        found.append((time.thread_time_ns() - begun) / 1000)
+        times = []
+        for _ in range(TIMES):
+            begun = time.thread_time_ns()
+            choice = balancer.choose([], ask)
+            assert choice is not None
+            fleet.lease(choice.id, ask.model).release(ok=True)
+            times.append((time.thread_time_ns() - begun) / 1000)
+        found.append(tuple(times))
     return found
 
 
-def report(name: str, microseconds: list[float]) -> float:
-    ordered = sorted(microseconds)
-    p99 = ordered[int(len(ordered) * 0.99)]
-    print(f"| {name} | {statistics.median(ordered):.1f} | {p99:.1f} | {ordered[-1]:.0f} |")
-    return statistics.median(ordered)
+def report(name: str, microseconds: list[tuple[float, ...]]) -> bool:
+    """Whether both figures that are the choice's own keep the bound."""
+    first, best = sorted(times[0] for times in microseconds), sorted(map(min, microseconds))
+    at = int(len(first) * 0.99)
+    median = statistics.median(first)
+    print(f"| {name} | {median:.1f} | {first[at]:.1f} | {statistics.median(best):.1f} | {best[at]:.1f} |")
+    return max(median, best[at]) < BOUND_US
 
 
 def choosing(servers: int, models: int, repeat: int) -> bool:
@@ -84,19 +93,19 @@ def choosing(servers: int, models: int, repeat: int) -> bool:
     fleet = fleet_of(servers, models, draw)
     print(f"{servers} servers, {models} models of which each server has {EACH}: "
           f"{(resident_bytes() - before) / 1e6:.0f} MB\n")
-    print("| policy, model | median us | p99 us | most us |\n| --- | --- | --- | --- |")
-    medians = []
+    print("| policy, model | median us | p99 us | best of 3: median us | p99 us |\n| --- | --- | --- | --- | --- |")
+    good = []
     gc.collect()
     gc.freeze()
     for name, policy in POLICIES.items():
         balancer = Balancer(fleet, policy(), draw=draw)
         key = (lambda: hash64(str(draw.random()))) if policy.sticky else (lambda: None)
         some = [Ask(f"model-{draw.randrange(models)}", key()) for _ in range(2000)]
-        medians.append(report(f"{name}, on {EACH // 10} servers", timed(balancer, some, repeat)))
-        medians.append(report(f"{name}, on all {servers}",
-                              timed(balancer, [Ask(EVERYWHERE, key()) for _ in range(2000)], repeat)))
+        good.append(report(f"{name}, on {EACH // 10} servers", timed(balancer, some, repeat)))
+        good.append(report(f"{name}, on all {servers}",
+                           timed(balancer, [Ask(EVERYWHERE, key()) for _ in range(2000)], repeat)))
     print(f"\nmemory with the models looked up: {(resident_bytes() - before) / 1e6:.0f} MB")
-    return max(medians) < 50
+    return all(good)
 
 
 # --- checking ---------------------------------------------------------------------------------------------------------
