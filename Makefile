@@ -10,7 +10,7 @@ RANDOM_CASES := tests/test_relay_loop.py tests/test_response_head.py tests/test_
 	tests/test_fuzz.py
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo test check e2e slow fuzz bench clean
+.PHONY: help run demo test check e2e chaos slow fuzz bench clean
 
 help:           ## this list
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {sub(/:.*/, "", $$1); printf "make %-6s %s\n", $$1, $$2}' Makefile
@@ -34,9 +34,12 @@ e2e: .venv/dev.stamp            ## the tests with real vLLM, which is installed 
 	$(PY) scripts/setup_engine.py
 	$(PYTEST) tests/e2e
 
+chaos: .venv/dev.stamp          ## faults under load, drawn from a seed, and what must hold after each: SEED=7 MINUTES=5
+	@$(PY) -m tests.chaos $(if $(SEED),--seed $(SEED)) --minutes $(or $(MINUTES),5) $(if $(KINDS),--kinds $(KINDS))
+
 slow: .venv/dev.stamp           ## thousands of random cases, a soak, a thousand instances, boxes of GPUs (no vLLM)
 	HYPOTHESIS_PROFILE=ci $(PYTEST) $(SIDE_BY_SIDE) --timeout 2400 $(RANDOM_CASES)
-	HYPOTHESIS_PROFILE=ci $(PYTEST) -rs --timeout 2400 tests/slow
+	HYPOTHESIS_PROFILE=ci $(PYTEST) -rs --timeout 2400 tests/slow tests/chaos
 
 fuzz: .venv/dev.stamp           ## look for input that breaks its readers, guided by coverage; MINUTES=60 in all
 	$(PY) -m pip install -q 'atheris>=3,<4'

@@ -94,9 +94,12 @@ class StateDir:
             os.close(lock)
             raise ConfigError("STATE_DIR", f"{self.path} is in use by another daemon (pid {owner or 'unknown'}); "
                                            "stop it or choose another STATE_DIR")
-        os.truncate(lock, 0)
-        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
         self._lock = lock
+        os.truncate(lock, 0)
+        try:
+            os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+        except OSError as error:    # for people to read, no more: engines run, and somebody has to look after them
+            log.warning("the pid cannot be written into %s: %s", self.path / "lock", error.strerror or error)
 
     def unlock(self) -> None:
         if self._lock is not None:
