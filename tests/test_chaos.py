@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import islice
 from typing import Any
 
 import pytest
 
 from tests.chaos import load
-from tests.chaos.faults import FAULTS, shapes
+from tests.chaos.faults import CODES, FAULTS, shapes
 from tests.chaos.schedule import APART, Step, steps
+from tests.daemon import CHECKOUT
 
 COUNT = 300
 
@@ -73,3 +75,31 @@ def test_nothing_explains_what_must_never_be() -> None:
 
 def test_every_fault_says_what_it_does() -> None:
     assert all(one.strike.__doc__ for one in FAULTS.values())
+
+
+# --- docs/RELIABILITY.md ----------------------------------------------------------------------------------------------
+
+DOCS = [(CHECKOUT / "docs" / name).read_text() for name in ("RELIABILITY.md", "RELIABILITY_zh.md")]
+
+
+def rows(text: str) -> list[list[str]]:
+    """Of the tables whose rows begin with a kind of fault."""
+    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| `")]
+    cells = [[cell.strip() for cell in line] for line in lines]
+    return [row for row in cells if row[0].strip("`") in FAULTS]
+
+
+@pytest.mark.parametrize("text", DOCS, ids=["en", "zh"])
+def test_every_fault_stands_there_with_what_clients_may_be_told(text: str) -> None:
+    told = {row[0].strip("`"): row[2] for row in rows(text) if len(row) == 3}
+    assert {kind: tuple(re.findall(r"[a-z_]+", cell.replace("nothing", ""))) for kind, cell in told.items()} == {
+        kind: one.told for kind, one in FAULTS.items()}
+    for name, codes in CODES.items():
+        [meaning] = re.findall(rf"\*\*{name}\*\*\s*[:：](.*?)[;；.]", text, re.DOTALL)
+        plain = {code for code in codes if code.isidentifier()} - {load.CUT, load.REFUSED, load.RESET}
+        assert plain == set(re.findall(r"`([a-z_]+)`", meaning))
+
+
+def test_both_languages_have_the_same_figures() -> None:
+    english, chinese = ([row for row in rows(text) if len(row) > 3] for text in DOCS)
+    assert english == chinese and {row[0].strip("`") for row in english} == set(FAULTS)

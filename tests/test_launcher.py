@@ -378,6 +378,23 @@ def test_an_engine_without_a_record_is_ended_by_its_name(tree: Tree) -> None:
     assert tree.nothing_left(engine)
 
 
+def test_a_folder_that_cannot_be_removed_now_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "vllm-server-abc"
+    (folder / "sub").mkdir(parents=True)
+
+    def blind(*arguments: object, **options: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", blind)
+        with pytest.raises(OSError, match="Too many open files"):
+            remove_run_dir(str(folder))
+    assert folder.exists()
+    remove_run_dir(str(folder))
+    assert not folder.exists()
+    remove_run_dir(str(folder))
+
+
 def test_what_cannot_be_written_down_does_not_run(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last descriptor may go between the start and the look at what was started."""
     def blind(pid: int) -> None:

@@ -11,6 +11,7 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 from tests.chaos.faults import FAULTS, shapes
@@ -64,7 +65,7 @@ def run(seed: int, seconds: float, clients: int, kinds: list[str], again: str, g
         say("\n" + runner.report())
     except AssertionError as error:     # what is left at the end
         broken = [*broken, f"at the end: {error}"]
-        say(f"BROKEN: {broken[-1]}")
+        say(f"BROKEN at the end:\n{traceback.format_exc()}")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     say(f"{'BROKEN' if broken else 'all held'} after {time.monotonic() - began:.0f} s; again with: {again}")

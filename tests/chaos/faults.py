@@ -31,28 +31,33 @@ from tests.support import wait_until
 
 SKIPPED = "skipped: nobody is there to be hit"
 
-CONNECTION = {load.REFUSED, load.RESET, load.CUT}
-"""The daemon itself is gone: its clients' connections are."""
-ENGINE = {load.CUT, "engine_died", "engine_hung", "engine_stopped", "engine_unreachable", "upstream_error", "exited",
-          "engine 500", "engine 503", "engine_failed"}
-"""An engine is gone, in the middle of an answer or before it."""
-ENDING = CONNECTION | {"shutting_down", "engine_stopped"}
-"""The daemon was told to end."""
-DISK = {"state_dir", "disk_full"}
-PROCESSES = {"state_dir", "engine_not_started", "exited", "engine_failed", "unavailable"}
+CODES: dict[str, frozenset[str]] = {
+    # the daemon itself is gone, and its clients' connections with it
+    "connection": frozenset({load.REFUSED, load.RESET, load.CUT}),
+    # an engine is gone, before an answer or in the middle of it; the last ones are its own words
+    "engine": frozenset({load.CUT, "engine_died", "engine_stopped", "engine_unreachable", "upstream_error",
+                         "engine 500", "engine 503"}),
+    "disk": frozenset({"state_dir", "disk_full"}),
+    "processes": frozenset({"engine_not_started", "exited"}),
+}
+"""What clients may be told (load.py has those that are no error codes), by what is wrong."""
 
 Strike = Callable[[World, random.Random], Generator[str, None, None]]
 
 
 @dataclass(frozen=True)
 class Fault:
-    """`codes`: what a client may be told (load.py has those that are no error codes).  `from_strike`: its time to
-    recover runs from when it struck, and not from when it was over."""
+    """`told`: what clients may be told, names of CODES and single codes.  `from_strike`: its time to recover runs from
+    when it struck, and not from when it was over."""
 
     shape: Shape
     strike: Strike
-    codes: frozenset[str]
+    told: tuple[str, ...]
     from_strike: bool
+
+    @property
+    def codes(self) -> frozenset[str]:
+        return frozenset().union(*(CODES.get(word, {word}) for word in self.told))
 
     @contextmanager
     def struck(self, world: World, plan: Plan) -> Iterator[str]:
@@ -65,10 +70,10 @@ class Fault:
 FAULTS: dict[str, Fault] = {}
 
 
-def fault(group: Group, hold_s: tuple[float, float], codes: set[str], *, from_strike: bool = False,
+def fault(group: Group, hold_s: tuple[float, float], *told: str, from_strike: bool = False,
           ) -> Callable[[Strike], Strike]:
     def register(strike: Strike) -> Strike:
-        FAULTS[strike.__name__] = Fault(Shape(group, hold_s), strike, frozenset(codes), from_strike)
+        FAULTS[strike.__name__] = Fault(Shape(group, hold_s), strike, told, from_strike)
         return strike
     return register
 
@@ -79,7 +84,7 @@ def shapes() -> dict[str, Shape]:
 
 # --- the daemon ends ----------------------------------------------------------------------------------------------
 
-@fault(Group.ENDS_DAEMON, (0.0, 1.0), CONNECTION | ENGINE, from_strike=True)
+@fault(Group.ENDS_DAEMON, (0.0, 1.0), "connection", "engine", from_strike=True)
 def kill_worker(world: World, dice: random.Random) -> Generator[str, None, None]:
     """kill -9 of the process that holds the registry; its master makes another one."""
     pid = world.worker()
@@ -90,7 +95,7 @@ def kill_worker(world: World, dice: random.Random) -> Generator[str, None, None]
     yield f"worker {pid}"
 
 
-@fault(Group.ENDS_DAEMON, (0.0, 2.0), CONNECTION | ENGINE)
+@fault(Group.ENDS_DAEMON, (0.0, 2.0), "connection", "engine")
 def kill_master(world: World, dice: random.Random) -> Generator[str, None, None]:
     """kill -9 of the master: the worker ends by itself; then somebody starts the daemon again."""
     session = world.daemon.pid
@@ -101,7 +106,7 @@ def kill_master(world: World, dice: random.Random) -> Generator[str, None, None]
     _start(world)
 
 
-@fault(Group.ENDS_DAEMON, (0.0, 2.0), CONNECTION | ENGINE)
+@fault(Group.ENDS_DAEMON, (0.0, 2.0), "connection", "engine")
 def kill_daemon(world: World, dice: random.Random) -> Generator[str, None, None]:
     """kill -9 of all of it at once, as a machine out of memory might; then somebody starts it again."""
     session = world.daemon.pid
@@ -110,7 +115,7 @@ def kill_daemon(world: World, dice: random.Random) -> Generator[str, None, None]
     _start(world)
 
 
-@fault(Group.ENDS_DAEMON, (0.0, 2.0), CONNECTION | ENGINE)
+@fault(Group.ENDS_DAEMON, (0.0, 2.0), "connection", "engine")
 def kill_daemon_and_server(world: World, dice: random.Random) -> Generator[str, None, None]:
     """kill -9 of the daemon and of an API server in one moment: what that leaves has no parent and no watcher."""
     victim = world.victim(dice, "ready", "sleeping")
@@ -124,7 +129,7 @@ def kill_daemon_and_server(world: World, dice: random.Random) -> Generator[str, 
     _start(world)
 
 
-@fault(Group.ENDS_DAEMON, (0.2, 1.0), ENDING | ENGINE)
+@fault(Group.ENDS_DAEMON, (0.2, 1.0), "connection", "shutting_down", "engine_stopped")
 def term_storm(world: World, dice: random.Random) -> Generator[str, None, None]:
     """Many SIGTERMs, to the worker too, as systemd sends them to a whole control group: it ends once, and well."""
     to_both = dice.random() < 0.5
@@ -142,7 +147,7 @@ def term_storm(world: World, dice: random.Random) -> Generator[str, None, None]:
     _start(world)
 
 
-@fault(Group.ENDS_DAEMON, (0.0, 1.0), CONNECTION | ENGINE)
+@fault(Group.ENDS_DAEMON, (0.0, 1.0), "connection", "engine")
 def pid_reused(world: World, dice: random.Random) -> Generator[str, None, None]:
     """While no daemon looks, an engine dies and its pid becomes that of a stranger, who must live on.
 
@@ -174,7 +179,7 @@ def _start(world: World) -> None:
 
 # --- the daemon lives, and is pestered ------------------------------------------------------------------------------
 
-@fault(Group.DAEMON, (0.2, 1.0), set())
+@fault(Group.DAEMON, (0.2, 1.0))
 def hup_storm(world: World, dice: random.Random) -> Generator[str, None, None]:
     """Reloads without end: nothing changes, and nobody notices."""
     count = dice.randint(10, 60)
@@ -185,7 +190,7 @@ def hup_storm(world: World, dice: random.Random) -> Generator[str, None, None]:
     yield f"{count} SIGHUPs to master and worker"
 
 
-@fault(Group.DAEMON, (0.5, 3.0), set())
+@fault(Group.DAEMON, (0.5, 3.0))
 def stop_worker(world: World, dice: random.Random) -> Generator[str, None, None]:
     """SIGSTOP of the daemon's worker for a moment: requests take longer."""
     pid = world.worker()
@@ -197,7 +202,7 @@ def stop_worker(world: World, dice: random.Random) -> Generator[str, None, None]
     world.daemon.signal(signal.SIGCONT, pid)
 
 
-@fault(Group.DAEMON, (0.0, 0.1), set())
+@fault(Group.DAEMON, (0.0, 0.1))
 def second_daemon(world: World, dice: random.Random) -> Generator[str, None, None]:
     """Another one on the same STATE_DIR refuses, and harms nothing."""
     done = subprocess.run([sys.executable, CHECKOUT / "app.py", "--host", "127.0.0.1", "--port", "0"],
@@ -207,7 +212,7 @@ def second_daemon(world: World, dice: random.Random) -> Generator[str, None, Non
     yield "it refused"
 
 
-@fault(Group.DAEMON, (1.5, 4.0), set())
+@fault(Group.DAEMON, (1.5, 4.0))
 def config_broken(world: World, dice: random.Random) -> Generator[str, None, None]:
     """config.yaml as it is while somebody edits it badly: nothing changes."""
     good = json.dumps(config()).encode()
@@ -219,7 +224,7 @@ def config_broken(world: World, dice: random.Random) -> Generator[str, None, Non
     world.restore_config()
 
 
-@fault(Group.DAEMON, (1.5, 4.0), ENGINE | {"model_not_found", "not_ready", "stopping"})
+@fault(Group.DAEMON, (1.5, 4.0), "model_not_found", "stopping", "not_ready", "engine_stopped")
 def config_edited(world: World, dice: random.Random) -> Generator[str, None, None]:
     """One model is removed, another one changed and a new one added, under load."""
     removed, changed = dice.sample(MODELS, 2)
@@ -230,8 +235,8 @@ def config_edited(world: World, dice: random.Random) -> Generator[str, None, Non
     world.restore_config()
 
 
-@fault(Group.DAEMON, (0.5, 3.0), {load.CUT, load.RESET, "engine_unreachable", "upstream_error", "state_dir",
-                                  "engine_not_started", "exited", "unavailable", "no_gpu_memory"})
+@fault(Group.DAEMON, (0.5, 3.0), "processes", "state_dir",
+       "no_gpu_memory", "engine_unreachable", "upstream_error", load.RESET, load.CUT)
 def few_descriptors(world: World, dice: random.Random) -> Generator[str, None, None]:
     """The worker may open few files more, or none."""
     pid = world.worker()
@@ -243,7 +248,7 @@ def few_descriptors(world: World, dice: random.Random) -> Generator[str, None, N
         yield f"{left} more"
 
 
-@fault(Group.DAEMON, (0.5, 2.0), CONNECTION | ENGINE | DISK | PROCESSES)
+@fault(Group.DAEMON, (0.5, 2.0), "connection", "engine", "disk", "processes")
 def memory_limit(world: World, dice: random.Random) -> Generator[str, None, None]:
     """The worker gets no memory more from the system (RLIMIT_AS), so no thread either."""
     pid = world.worker()
@@ -256,7 +261,7 @@ def memory_limit(world: World, dice: random.Random) -> Generator[str, None, None
         yield f"{left_mib} MiB more"
 
 
-@fault(Group.DAEMON, (0.0, 0.5), {load.CUT}, from_strike=True)
+@fault(Group.DAEMON, (0.0, 0.5), load.CUT, from_strike=True)
 def kill_relay(world: World, dice: random.Random) -> Generator[str, None, None]:
     """kill -9 of the process that carries streams: those are cut, the next ones are carried by another."""
     found = world.relays()
@@ -283,31 +288,31 @@ def _kill_engine(world: World, dice: random.Random, what: str, *states: str) -> 
     yield f"{victim.model} ({victim.state}, {victim.pid})"
 
 
-@fault(Group.ENGINE, (0.0, 0.5), ENGINE, from_strike=True)
+@fault(Group.ENGINE, (0.0, 0.5), "engine", from_strike=True)
 def kill_server(world: World, dice: random.Random) -> Generator[str, None, None]:
     """kill -9 of an API server alone: its EngineCore would live on and keep the GPU."""
     return _kill_engine(world, dice, "server", "ready", "sleeping")
 
 
-@fault(Group.ENGINE, (0.0, 0.5), ENGINE, from_strike=True)
+@fault(Group.ENGINE, (0.0, 0.5), "engine", from_strike=True)
 def kill_core(world: World, dice: random.Random) -> Generator[str, None, None]:
     """kill -9 of an EngineCore."""
     return _kill_engine(world, dice, "core", "ready", "sleeping")
 
 
-@fault(Group.ENGINE, (0.0, 0.5), ENGINE, from_strike=True)
+@fault(Group.ENGINE, (0.0, 0.5), "engine", from_strike=True)
 def kill_engine(world: World, dice: random.Random) -> Generator[str, None, None]:
     """kill -9 of every process of an engine at once."""
     return _kill_engine(world, dice, "all", "ready", "sleeping", "falling_asleep", "waking")
 
 
-@fault(Group.ENGINE, (0.0, 0.5), ENGINE, from_strike=True)
+@fault(Group.ENGINE, (0.0, 0.5), "exited", from_strike=True)
 def kill_loading(world: World, dice: random.Random) -> Generator[str, None, None]:
     """kill -9 of an engine that loads."""
     return _kill_engine(world, dice, "all", "starting")
 
 
-@fault(Group.ENGINE, (0.5, 2.0), set())
+@fault(Group.ENGINE, (0.5, 2.0))
 def pause_engine(world: World, dice: random.Random) -> Generator[str, None, None]:
     """SIGSTOP of an engine, SIGCONT before anybody gives it up: answers come later, and all of them."""
     victim = world.victim(dice, "ready")
@@ -320,7 +325,7 @@ def pause_engine(world: World, dice: random.Random) -> Generator[str, None, None
     victim.signal(signal.SIGCONT, members)
 
 
-@fault(Group.ENGINE, (0.0, 0.5), ENGINE, from_strike=True)
+@fault(Group.ENGINE, (0.0, 0.5), "engine", "engine_hung", from_strike=True)
 def hang_engine(world: World, dice: random.Random) -> Generator[str, None, None]:
     """SIGSTOP of an engine that nobody wakes: it is found and ended."""
     victim = world.victim(dice, "ready")
@@ -333,7 +338,7 @@ def hang_engine(world: World, dice: random.Random) -> Generator[str, None, None]
     _wait_gone(world, victim)
 
 
-@fault(Group.ENGINE, (0.0, 0.5), ENGINE, from_strike=True)
+@fault(Group.ENGINE, (0.0, 0.5), "engine", "engine_hung", from_strike=True)
 def hang_requests(world: World, dice: random.Random) -> Generator[str, None, None]:
     """An engine that answers no request, though its health is good: it is found and ended."""
     victim = world.victim(dice, "ready")
@@ -353,7 +358,7 @@ def _wait_gone(world: World, victim: Victim) -> None:
 
 # --- the machine ----------------------------------------------------------------------------------------------------
 
-@fault(Group.MACHINE, (1.0, 4.0), ENGINE | DISK)
+@fault(Group.MACHINE, (1.0, 4.0), "disk")
 def full_disk(world: World, dice: random.Random) -> Generator[str, None, None]:
     """Not a byte is left in STATE_DIR: no model is loaded, what is loaded serves on, every file stays whole."""
     world.disk.fill()
@@ -361,7 +366,7 @@ def full_disk(world: World, dice: random.Random) -> Generator[str, None, None]:
     world.disk.free()
 
 
-@fault(Group.MACHINE, (1.0, 4.0), ENGINE | DISK)
+@fault(Group.MACHINE, (1.0, 4.0), "disk", "exited")
 def full_log_disk(world: World, dice: random.Random) -> Generator[str, None, None]:
     """Nobody can write a log any more, neither the daemon nor an engine."""
     world.shim.set("logs_full", 1)
@@ -369,7 +374,7 @@ def full_log_disk(world: World, dice: random.Random) -> Generator[str, None, Non
     world.shim.set("logs_full", 0)
 
 
-@fault(Group.MACHINE, (1.0, 3.0), set())
+@fault(Group.MACHINE, (1.0, 3.0))
 def slow_disk(world: World, dice: random.Random) -> Generator[str, None, None]:
     """Every write, fsync, rename and open in STATE_DIR takes its time."""
     each_ms = dice.choice([50, 200, 500])
@@ -378,7 +383,7 @@ def slow_disk(world: World, dice: random.Random) -> Generator[str, None, None]:
     world.shim.set("slow_ms", 0)
 
 
-@fault(Group.MACHINE, (0.5, 3.0), set())
+@fault(Group.MACHINE, (0.5, 3.0))
 def clock_jump(world: World, dice: random.Random) -> Generator[str, None, None]:
     """The wall clock jumps, and back: nobody idles, times out or is found dead for it."""
     offset_s = dice.choice([-400 * 86400, -3600, -30, 30, 3600, 400 * 86400])
@@ -387,7 +392,7 @@ def clock_jump(world: World, dice: random.Random) -> Generator[str, None, None]:
     world.shim.set("clock_offset_s", 0)
 
 
-@fault(Group.MACHINE, (0.5, 3.0), ENGINE | CONNECTION | PROCESSES)
+@fault(Group.MACHINE, (0.5, 3.0), "connection", "engine", "processes", "state_dir")
 def no_process(world: World, dice: random.Random) -> Generator[str, None, None]:
     """The system grants neither a process nor a thread (EAGAIN), to the daemon and to engines."""
     world.shim.set("no_process", 1)
@@ -395,7 +400,7 @@ def no_process(world: World, dice: random.Random) -> Generator[str, None, None]:
     world.shim.set("no_process", 0)
 
 
-@fault(Group.MACHINE, (1.0, 4.0), ENGINE | {"port_in_use", "no_free_port"})
+@fault(Group.MACHINE, (1.0, 4.0), "engine", "port_in_use", "no_free_port")
 def port_stranger(world: World, dice: random.Random) -> Generator[str, None, None]:
     """An engine dies and a stranger takes its port, and the next ones, and answers 200 to everything."""
     victim = world.victim(dice, "ready")
@@ -450,7 +455,7 @@ class _Stranger(BaseHTTPRequestHandler):
         pass
 
 
-@fault(Group.MACHINE, (1.0, 4.0), {"no_gpu_memory", "engine_stopped"})
+@fault(Group.MACHINE, (1.0, 4.0), "no_gpu_memory", "engine_stopped")
 def gpu_hog(world: World, dice: random.Random) -> Generator[str, None, None]:
     """Somebody else takes what is free of a GPU's memory."""
     device, hog = dice.choice([0, 1]), None

@@ -92,8 +92,9 @@ class Runner:
                 struck.what.append(what)
                 self._say(f"    {plan.kind}: {what}")
             self._pause(max(plan.hold_s for plan in step.faults))
+        over = time.monotonic()
         if not all(FAULTS[plan.kind].from_strike for plan in step.faults):
-            counts_from = time.monotonic()
+            counts_from = over
         for text in world.refusals:
             self._say(f"    it did not start: {text}")
         world.ensure_running()
@@ -101,7 +102,7 @@ class Runner:
             agreed = pool.submit(self._agrees)
             invariants.settles(self._does_not_serve, "it does not serve again")
             struck.recovered_s = time.monotonic() - counts_from
-            struck.agreed_s = max(0.0, agreed.result() - counts_from)
+            struck.agreed_s = agreed.result() - over
         with self._load.paused():
             invariants.at_rest(world, self._load)
 

@@ -137,8 +137,16 @@ class World:
                  traceback: TracebackType | None) -> None:
         if self.daemon.exited():
             self.daemon.process = None
+        left = ""
+        if error is None:
+            if self.daemon.process is not None:
+                self.daemon.stop()
+            if left := self.left():
+                error = AssertionError(f"the daemon has ended and has left {left}")
         try:
-            self.box.__exit__(kind, error, traceback)
+            self.box.__exit__(type(error) if error else None, error, traceback)
+            if left and error:
+                raise error
         finally:
             for one in self.bystanders:
                 one.kill()
@@ -149,6 +157,15 @@ class World:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.daemon.port}"
+
+    def left(self) -> str:
+        """What is still there of the daemon, which has ended; empty where that is nothing."""
+        found = {
+            "processes": [(pid, processes.command_line(pid)) for pid in self.daemon.engine_processes()],
+            "shared memory": self.daemon.engine_memory(), "records": self.daemon.records(),
+            "run folders": [(path.name, [one.name for one in path.iterdir()] if path.is_dir() else "")
+                            for path in self.daemon.temporary.iterdir()]}
+        return "; ".join(f"{what} {things}" for what, things in found.items() if things)
 
     # --- the daemon -----------------------------------------------------------------------------------------------
 
