@@ -26,7 +26,7 @@ from tests.command import OnTerminal, vllm_server
 from tests.daemon import CHECKOUT, Daemon
 from tests.seed_book import FOLDER, Book
 from tests.simulator_harness import Simulator
-from tests.support import claim_ports, wait_until
+from tests.support import can_bind_plainly, claim_ports, wait_until
 from tests.test_docs import routes
 
 ELSEWHERE = {
@@ -264,7 +264,7 @@ def test_dynamic_proxy(tmp_path: Path, env: dict[str, str]) -> None:
 
         name, words = script("./scripts/start.sh")
         with checkout.popen(name, *words, cwd=checkout.path) as foreground:
-            wait_until(lambda: checkout.script("status").code == 0)
+            wait_until(lambda: not can_bind_plainly(port))
             assert checkout.script("stop").code == 0 and foreground.wait() == 0
             foreground.communicate()
         for start in ("./scripts/start.sh -d", "./scripts/start.sh -c configs/config.yaml"):
