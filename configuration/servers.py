@@ -35,6 +35,26 @@ OTHERS = frozenset({
     "enable_active_health_check", "health_check_max_response_time", "health_check_min_success_rate",
     "health_check_window_size", "health_check_consecutive_failures"})
 """Keys of [config] that mvllm has beyond the three: its files are read too, with a warning that these do nothing."""
+SERVER_KEYS: Mapping[str, tuple[str | None, str]] = MappingProxyType({
+    "url": (None, "Its address, without /v1"),
+    "max_concurrent_requests": (None, "What its load is measured by; more than these are sent only when all are full"),
+    "models": ("null", "What it serves; without it, its own /v1/models is asked now and then"),
+    "api_key": ("null", "Sent to it as Authorization: Bearer ..."),
+    "api_key_env": ("null", "The environment variable that holds that key; not beside api_key"),
+    "weight": ("1.0", "Of two servers with equal capacity, 2.0 gets twice the requests of 1.0; 0.001 to 1000"),
+    "headers": ("{}", "More headers for it"),
+    "tls": ("{ verify = true }", "Of an https:// address: how its certificate is checked"),
+})
+"""Of an entry of `servers`: default (None: required) and meaning."""
+TLS_KEYS: Mapping[str, tuple[str | None, str]] = MappingProxyType({
+    "verify": ("true", "Whether its certificate is checked"),
+    "ca": ("null", "PEM file of the authorities that it is checked against; null: the system's"),
+})
+CONFIG_KEYS: Mapping[str, tuple[str | None, str]] = MappingProxyType({
+    "health_check_interval": ("10", "Seconds between two checks of a server; 0.1 to 86400"),
+    "request_timeout": ("120", "Seconds to an answer's first byte, all tries together"),
+    "max_retries": ("3", "How often a request that failed is sent elsewhere, 0 to 100"),
+})
 _NOTHING: Mapping[str, str] = MappingProxyType({})
 _PORTS = {"http": 80, "https": 443}
 _HEADER = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
@@ -112,7 +132,7 @@ class _Reader:
         self._known(listed, ("servers",), "servers")
         config = self._table(document, "config")
         idle = sorted(config.keys() & OTHERS)
-        self._known(config, ("health_check_interval", "request_timeout", "max_retries", *idle), "config")
+        self._known(config, (*CONFIG_KEYS, *idle), "config")
         entries = listed.get("servers", [])
         if not isinstance(entries, list) or len(entries) > MAX_SERVERS:
             raise self._error("servers", "servers", f"expected a list of at most {MAX_SERVERS} servers")
@@ -129,8 +149,7 @@ class _Reader:
     def _server(self, index: int, entry: object) -> ServerConfig:
         if not isinstance(entry, Mapping):
             raise self._error(index, None, "expected { url = \"http://HOST:PORT\", max_concurrent_requests = N }")
-        self._known(entry, ("url", "max_concurrent_requests", "models", "api_key", "api_key_env", "weight", "headers",
-                            "tls"), index)
+        self._known(entry, SERVER_KEYS, index)
         url = self._url(entry, index)
         verify, ca = self._tls(entry, index, url)
         api_key = self._api_key(entry, index)
@@ -198,7 +217,7 @@ class _Reader:
             return True, None
         if not isinstance(tls, Mapping) or not url.startswith("https://"):
             raise self._error(index, "tls", "tls: expected { verify = true, ca = \"FILE\" }, of an https:// url")
-        self._known(tls, ("verify", "ca"), index)
+        self._known(tls, TLS_KEYS, index)
         verify, ca = tls.get("verify", True), tls.get("ca")
         if not isinstance(verify, bool):
             raise self._error(index, "verify", f"verify = {verify!r}: expected true or false")
