@@ -58,6 +58,8 @@ def parse_key(text: str, *, name: str | None = None, **limits: Any) -> Key:
     hashed = _DIGEST.fullmatch(key)
     if key.startswith("sha256:") and hashed is None:
         raise ValueError("sha256: is followed by 64 hexadecimal digits")
+    if not hashed and key in (name or named or ""):
+        raise ValueError("a key must not stand in its own name, which logs show")
     value = bytes.fromhex(hashed[1]) if hashed else digest(key)
     return Key(name=name or named or f"key-{value.hex()[:8]}", digest=value, plain=None if hashed else key, **limits)
 

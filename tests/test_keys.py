@@ -33,7 +33,7 @@ def test_the_ways_to_write_one_key(text: str, name: str, plain: str | None) -> N
 @pytest.mark.parametrize(("text", "message"), [
     (",", "one or more keys"), ("two words", "printable ASCII"), ("sha256:123", "64 hexadecimal"),
     ("a:sha256:xyz", "64 hexadecimal"), ("one,one", "given twice"), (f"one:sk-one,two:sha256:{HEX}", "given twice"),
-    ("me:one,me:two", "two keys are named me")])
+    ("me:one,me:two", "two keys are named me"), ("my-sk-one:sk-one", "in its own name")])
 def test_mistakes_are_told_and_no_key_is_shown(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, API_KEYS=text)

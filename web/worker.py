@@ -421,6 +421,10 @@ class Worker(ThreadWorker):
     def _serve(self, conn: Connection) -> None:
         request_id.begin()
         taken = conn.intake.take()
+        if self._lanes.backlog() and _has_left(conn.sock):      # it has waited for a thread, and others do
+            self._buffers.done(taken)
+            self._close(conn)
+            return
         keep = self._answer(conn, taken)
         self._buffers.done(taken)
         try:
@@ -523,6 +527,16 @@ class Worker(ThreadWorker):
                 if parked.on_readable == self._receive:     # its thread did not know yet
                     self._unpark(parked.connection)
                     self._close(parked.connection)
+
+
+def _has_left(client: socket.socket) -> bool:
+    """Whether the client has ended its side; what it has sent beyond its request stays."""
+    try:
+        return client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 def _reset(client: socket.socket) -> None:
