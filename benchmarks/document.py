@@ -26,7 +26,8 @@ def as_markdown(found: Mapping[str, Any]) -> str:
     run = from_json(found)
     medians = run.medians()
     parts = [f"{found['day']}, medians of up to {run.repeat}, interleaved. {machine_line(found['machine'], run)}.\n"]
-    parts += [f"- {name}: {version}" for name, version in run.versions.items()]
+    measured = {server for _, server in medians}
+    parts += [f"- {name}: {version}" for name, version in run.versions.items() if name in measured]
     parts += [f"- {name}: {why.splitlines()[0]}" for name, why in run.absent.items()]
     for scenario in SCENARIOS.values():
         if any(key[0] == scenario.name for key in medians):

@@ -165,7 +165,8 @@ def main() -> int:
     settings = _settings()
     raise_file_limit()
     build()
-    names = ["direct", SELF, *(name for name in settings.against or KINDS if name not in ("direct", SELF))]
+    wanted = settings.against or (set().union(*targets.needed().values()) if settings.targets else KINDS)
+    names = ["direct", SELF, *(name for name in KINDS if name in wanted and name not in ("direct", SELF))]
     folder = Path(tempfile.mkdtemp(prefix="vllm-server-bench-"))
     folder.chmod(0o755)
     with ExitStack() as stack:
