@@ -1,4 +1,4 @@
-"""2,000 clients at 512 threads: what is held stays bounded, who watches and manages is answered, and then all is as before.
+"""2,000 clients at 512 threads: what is held is bounded, who watches and manages is answered, then all is as before.
 
 benchmarks/overload.py measures how quickly.
 """
