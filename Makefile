@@ -10,10 +10,10 @@ RANDOM_CASES := tests/test_relay_loop.py tests/test_response_head.py tests/test_
 	tests/test_fuzz.py
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo test check e2e chaos slow fuzz bench clean
+.PHONY: help run demo test check e2e browser chaos slow fuzz bench clean
 
 help:           ## this list
-	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {sub(/:.*/, "", $$1); printf "make %-6s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {sub(/:.*/, "", $$1); printf "make %-7s %s\n", $$1, $$2}' Makefile
 
 run: .venv/run.stamp            ## find or install vLLM, start the daemon, load a demo model, show its first answer
 	@$(PY) -m scripts.run
@@ -33,6 +33,9 @@ check: .venv/dev.stamp          ## ruff, mypy, who may import whom, risky calls,
 e2e: .venv/dev.stamp            ## the tests with real vLLM, which is installed when there is none
 	$(PY) scripts/setup_engine.py
 	$(PYTEST) tests/e2e
+
+browser: .venv/browser.stamp    ## the page in Chromium (Debian: apt install chromium), with simulated engines
+	$(PYTEST) tests/browser
 
 chaos: .venv/dev.stamp          ## faults under load, drawn from a seed, and what must hold after each: SEED=7 MINUTES=5
 	@$(PY) -m tests.chaos $(if $(SEED),--seed $(SEED)) --minutes $(or $(MINUTES),5) $(if $(KINDS),--kinds $(KINDS))
@@ -59,3 +62,7 @@ clean:          ## remove what the above left in the checkout (the engine's cach
 .venv/dev.stamp: requirements-dev.txt requirements.txt client/requirements.txt scripts/make_venv.sh
 	@scripts/make_venv.sh requirements-dev.txt
 	@touch $@ .venv/run.stamp
+
+.venv/browser.stamp: requirements-browser.txt .venv/dev.stamp
+	@scripts/make_venv.sh requirements-browser.txt
+	@touch $@

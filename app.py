@@ -34,7 +34,7 @@ from router import Router
 from routing import paths, request_id
 from routing.observed import ABOUT
 from routing.upstream import ClientLeft
-from web import admin, auth, cors, live, metrics, models, openapi
+from web import admin, auth, cors, live, metrics, models, openapi, page
 from web.audit import AuditLog
 from web.notify import Notifier
 from web.reloader import EVERY_S, Reloader
@@ -76,6 +76,7 @@ def create_app(deps: Deps) -> Flask:
     app.register_blueprint(admin.blueprint)
     app.register_blueprint(models.blueprint)
     app.register_blueprint(live.blueprint)
+    app.register_blueprint(page.blueprint)
     app.register_blueprint(metrics.blueprint)
     app.register_blueprint(openapi.blueprint)
     app.register_blueprint(data_plane.blueprint)

@@ -46,7 +46,7 @@ def bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
-@pytest.mark.parametrize("path", sorted(auth.OPEN))
+@pytest.mark.parametrize("path", [*sorted(auth.OPEN), "/dashboard/app.js"])
 @pytest.mark.parametrize("settings", [OPEN, KEYED])
 def test_what_is_open_needs_no_key(path: str, settings: Settings) -> None:
     assert refusal(request_of(path, client="203.0.113.9", host="gpu.example", method="GET"), settings) is None

@@ -217,7 +217,7 @@ def test_pip_that_fails_says_what_to_do(tmp_path: Path) -> None:
 
 # --- .ci/run ----------------------------------------------------------------------------------------------------------
 
-def ci(folder: Path, failing: str = "-", minutes: int = 60) -> tuple[int, list[str], str]:
+def ci(folder: Path, failing: str = "-", minutes: int = 60, chromium: str = "true") -> tuple[int, list[str], str]:
     """Exit code, the commands that it ran, and its last line; `failing` is the make target that fails."""
     calls = folder / "calls"
     for name, text in {
@@ -230,14 +230,21 @@ def ci(folder: Path, failing: str = "-", minutes: int = 60) -> tuple[int, list[s
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     done = subprocess.run([folder / ".ci" / "run"], text=True, capture_output=True, timeout=HANG_S, env={
-        "PATH": f"{folder / 'bin'}:/usr/bin:/bin", "MINUTES": str(minutes)})
+        "PATH": f"{folder / 'bin'}:/usr/bin:/bin", "MINUTES": str(minutes), "CHROMIUM": chromium})
     return done.returncode, calls.read_text().splitlines(), done.stdout.splitlines()[-1]
 
 
 def test_the_whole_check_runs_everything_in_order(tmp_path: Path) -> None:
     code, calls, last = ci(tmp_path)
-    assert (code, calls) == (0, ["make test", "python scripts/setup_engine.py", "make e2e", "make slow"])
+    assert (code, [one.partition(" SEED=")[0] for one in calls]) == (0, [
+        "make test", "make browser", "python scripts/setup_engine.py", "make e2e", "make chaos", "make chaos",
+        "make slow"])
     assert last.startswith("--- all passed")
+
+
+def test_the_whole_check_goes_on_without_a_browser(tmp_path: Path) -> None:
+    code, calls, _ = ci(tmp_path, chromium="/no/such/chromium")
+    assert code == 0 and "make browser" not in calls and calls[-1] == "make slow"
 
 
 def test_the_whole_check_stops_where_something_fails(tmp_path: Path) -> None:

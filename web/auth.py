@@ -21,6 +21,7 @@ from routing.paths import ADAPTERS
 HOW = "send it as 'Authorization: Bearer KEY'"
 OPEN = frozenset({"/", "/health", "/ping", "/version", "/load-stats", "/metrics", "/prometheus/targets",
                   "/openapi.json"})
+OPEN_FOLDER = "/dashboard/"     # the files of the page: it asks for a key itself, and shows nothing without
 MANAGEMENT = ("/instances", "/admin", "/gpus")
 FORM_TYPES = frozenset({"application/x-www-form-urlencoded", "multipart/form-data", "text/plain"})
 """What a page of any origin may send without asking first."""
@@ -45,7 +46,7 @@ def check(request: Request, settings: Settings) -> None:
         return
     if request.headers.get("Upgrade") is not None:
         _check_socket_origin(request, settings)
-    if path not in OPEN and settings.api_keys and key is None:
+    if not is_open(path) and settings.api_keys and key is None:
         raise Unauthorized(f"this server needs a key: {HOW}")
 
 
@@ -62,6 +63,10 @@ def _check_host(request: Request) -> None:
 def caller(request: Request) -> Key | None:
     """Whose key came with it; None without a key, or with one that is not known where none is needed."""
     return request.environ.get(CALLER)
+
+
+def is_open(path: str) -> bool:
+    return path in OPEN or path.startswith(OPEN_FOLDER)
 
 
 def is_management(path: str) -> bool:

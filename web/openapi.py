@@ -37,6 +37,7 @@ EVERYWHERE = {400: "`bad_request`: not as it should be",
               503: "`overloaded`: all threads, connections or room for bodies are taken"}
 OTHER = {"description": "The engine's own"}
 PARAMETERS = {
+    "file": "One of those that the page names",
     "instance_id": "As `GET /instances` lists it", "name": "Of a model, or an alias of it; it may hold slashes",
     "response_id": "As the engine gave it", "path": "Of the engine, which may hold slashes"}
 

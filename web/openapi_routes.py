@@ -181,6 +181,11 @@ DAEMON = (
           what="docs/METRICS.md lists the series.", query={"instances": boolean("The engines' own series too")}),
     Route("GET /prometheus/targets", OPEN, "daemon", "What Prometheus can scrape",
           {200: Answer("For `http_sd_configs`", named("Targets"))}),
+    Route("GET /", OPEN, "daemon", "The page",
+          {200: Answer("It", text(), "text/html"), 304: Answer("It is as it was")}),
+    Route("GET /dashboard/{file}", OPEN, "daemon", "A file of the page",
+          {200: Answer("A script, a style sheet or a picture"), 304: Answer("It is as it was")},
+          {404: "`route_not_found`: the page has no such file"}),
     Route("GET /openapi.json", OPEN, "daemon", "This document", {200: Answer("OpenAPI 3.1", free(""))}),
 )
 
