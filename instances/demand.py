@@ -68,7 +68,15 @@ class Demand(Rooms):
                 return _candidates(found)
             self._refuse_failed(entry)
             made = self._make(entry, on_demand=True)
-        self._begin_all(made)
+            for one in made:
+                one.waiting += 1        # until who asks has entered the queue: a disk may take seconds for the record
+        try:
+            self._begin_all(made)
+        finally:
+            with self._changed:
+                for one in made:
+                    one.waiting -= 1
+                    one.last_used = self.clock()
         return self.candidates(name)
 
     @contextmanager

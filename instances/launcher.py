@@ -176,7 +176,8 @@ class Launcher:
     def launch(self, spec: LaunchSpec) -> Engine:
         """Start the tree.  Raises LaunchError when the command cannot be run, LaunchRefused, OSError (a full disk, no
         descriptor left); then none of it runs."""
-        run_dir = tempfile.mkdtemp(prefix=RUN_DIR_PREFIX)  # short on purpose: socket paths end at 107 bytes
+        # Short on purpose, as socket paths end at 107 bytes, and with the id: no record names it yet.
+        run_dir = tempfile.mkdtemp(prefix=f"{RUN_DIR_PREFIX}{spec.instance_id}-")
         try:
             spec.log_path.parent.mkdir(parents=True, exist_ok=True)
             with open_log(spec.log_path) as output:
@@ -219,6 +220,8 @@ class Launcher:
             processes.remove_shared_memory(files)
             for run_dir in filter(None, run_dirs):
                 remove_run_dir(run_dir)
+        for path in Path(tempfile.gettempdir()).glob(f"{RUN_DIR_PREFIX}{instance_id}-*"):
+            remove_run_dir(str(path))
 
 
 def _run(spec: LaunchSpec, output: int, run_dir: str) -> subprocess.Popen[bytes]:

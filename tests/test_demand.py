@@ -9,6 +9,7 @@ import pytest
 from errors import Conflict, LoadFailed, ManagerError, ModelNotFound, NotFound, QueueFull, ShuttingDown
 from instances.demand import FAILED_FOR_S, GRACE_S
 from instances.instance import State
+from instances.store import Record
 from tests.instance_world import FakeEngine, World
 
 Patch = pytest.MonkeyPatch
@@ -205,6 +206,23 @@ def test_a_queue_is_bounded_for_each_model(tmp_path: Path, monkeypatch: Patch) -
     with world.manager.queue("chat"):
         pass
     assert world.manager._lines == {}
+
+
+def test_a_load_is_not_given_up_while_its_record_is_written(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk takes seconds for it, and who asks for the model cannot wait in the queue before."""
+    save = world.state_dir.save
+
+    def slow(record: Record) -> None:
+        world.now += 5.0
+        world.manager.tick(world.now)
+        save(record)
+
+    monkeypatch.setattr(world.state_dir, "save", slow)
+    [candidate] = world.manager.demand("chat")
+    assert candidate.state is State.STARTING
+    world.now += 0.5
+    world.manager.tick(world.now)
+    assert world.manager.candidates("chat")[0].state is State.STARTING     # a moment to enter the queue
 
 
 def test_a_load_that_nobody_waits_for_is_given_up(world: World) -> None:

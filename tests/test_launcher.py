@@ -410,6 +410,15 @@ def test_what_cannot_be_written_down_does_not_run(tree: Tree, monkeypatch: pytes
     assert list(tree.temporary.iterdir()) == []
 
 
+def test_a_folder_that_no_record_names_yet_is_found_by_the_instances_id(tree: Tree) -> None:
+    """Its daemon was killed after it had made the folder, and before it had started the engine."""
+    other = tree.temporary / "vllm-server-00000000-abcdefgh"
+    for path in (tree.temporary / f"vllm-server-{ID}-abcdefgh", other):
+        path.mkdir()
+    tree.launcher.end_remains(ID, None)
+    assert list(tree.temporary.iterdir()) == [other]
+
+
 def test_a_start_that_the_record_missed_is_ended_too(tree: Tree) -> None:
     """The record still names the engine before."""
     first = tree.launch("plain")

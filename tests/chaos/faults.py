@@ -7,6 +7,7 @@ over undo nothing.
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import random
 import resource
@@ -221,7 +222,7 @@ def config_broken(world: World, dice: random.Random) -> Generator[str, None, Non
                              ("an unknown key", b"models: {alpha: {model_path: org/alpha, colour: red}}")])
     world.write_config(text)
     yield how
-    world.restore_config()
+    _restore(world)
 
 
 @fault(Group.DAEMON, (1.5, 4.0), "model_not_found", "stopping", "not_ready", "engine_stopped")
@@ -232,7 +233,20 @@ def config_edited(world: World, dice: random.Random) -> Generator[str, None, Non
     edited[changed]["params"] = edited[changed]["params"] | {"seed": dice.randrange(1000)}
     world.write_config(json.dumps({"models": edited}).encode())
     yield f"{removed} removed, {changed} changed"
+    _restore(world)
+
+
+def _restore(world: World) -> None:
+    """config.yaml as it was, and in force."""
     world.restore_config()
+    wait_until(lambda: world.daemon.exited() or _has_all_models(world))
+
+
+def _has_all_models(world: World) -> bool:
+    with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+        names = {one["id"] for one in world.daemon.get("/v1/models").json["data"]}
+        return set(MODELS) <= names and world.daemon.get("/health").json["config"]["error"] is None
+    return False
 
 
 @fault(Group.DAEMON, (0.5, 3.0), "processes", "state_dir",
@@ -284,6 +298,8 @@ def _kill_engine(world: World, dice: random.Random, what: str, *states: str) -> 
         members = [one for one in members if one.pid == victim.pid]
     elif what == "core":
         members = [one for one in members if "::EngineCore" in processes.command_line(one.pid)]
+    elif what == "big":
+        members = [one for one in members if not processes.is_resource_tracker(one.pid)]
     victim.signal(signal.SIGKILL, members)
     yield f"{victim.model} ({victim.state}, {victim.pid})"
 
@@ -308,8 +324,8 @@ def kill_engine(world: World, dice: random.Random) -> Generator[str, None, None]
 
 @fault(Group.ENGINE, (0.0, 0.5), "exited", from_strike=True)
 def kill_loading(world: World, dice: random.Random) -> Generator[str, None, None]:
-    """kill -9 of an engine that loads."""
-    return _kill_engine(world, dice, "all", "starting")
+    """kill -9 of an engine that loads, of all of it but Python's small resource tracker, as for want of memory."""
+    return _kill_engine(world, dice, "big", "starting")
 
 
 @fault(Group.ENGINE, (0.5, 2.0))
