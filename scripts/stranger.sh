@@ -71,7 +71,10 @@ APP_PORT=0
 STATE_DIR=$folder/state
 VLLM_BASE_PORT=${VLLM_BASE_PORT:-9000}
 END
-[[ $engine = real ]] || echo "VLLM_COMMAND='$clone/.venv/bin/python $clone/simulator.py'" >>.env
+if [[ $engine = simulated ]]; then
+    echo "VLLM_COMMAND='$clone/.venv/bin/python $clone/simulator.py'" >>.env
+    export SIMULATOR_START_S=5      # there is something to see while it loads
+fi
 model=$(.venv/bin/python scripts/make_models.py tiny-llama "$folder/tiny-llama")
 cat >configs/config.yaml <<END
 models:
@@ -93,7 +96,7 @@ expect models 0 'demo.*unloaded' "$vllm_server" models
 
 if command -v tmux >/dev/null; then     # with a terminal, and what it shows meanwhile
     $terminal new-session -d -x 100 -y 30 "$vllm_server load demo; echo exit=\$?; exec cat"
-    screen load-begins '[a-z ]+ +[━╸╺ ]+|exit=0'
+    screen load-progress 'loading weights|[1-9][0-9]*%'
     screen load 'exit=0'
     $terminal kill-server
 else
