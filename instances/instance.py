@@ -194,6 +194,8 @@ class InstanceView:
     because: str = ""                   # why it stands on these devices, and who went for it
     grown: bool = False                 # added for load
     apart: bool = False                 # made with `new`, beside its model's replicas
+    elapsed_s: float = 0.0              # in this state
+    expected_s: float | None = None     # of a start or wake that goes on: what it took before
 
 
 @dataclass(frozen=True)
@@ -336,4 +338,6 @@ class Instance:
             expires_in_s=self.expires_in(now), restarts=self.restarts,
             retry_in_s=max(0.0, self.retry_at - now) if self.state is State.BACKOFF and self.retry_at else None,
             last_error=self.last_error, log_path=self.log_path, engine=dict(self.engine),
-            asleep_level=self.asleep_level, because=self.because, grown=self.grown, apart=self.apart)
+            asleep_level=self.asleep_level, because=self.because, grown=self.grown, apart=self.apart,
+            elapsed_s=max(0.0, now - self.changed_at),
+            expected_s={State.STARTING: self.reload_s, State.WAKING: self.wake_s}.get(self.state))

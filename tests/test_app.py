@@ -233,7 +233,7 @@ def test_an_instance_as_people_see_it(client: FlaskClient) -> None:
         "gpus": [0], "memory": {"planned_bytes": None, "measured_bytes": 7, "configured_bytes": 5},
         "params": {"hf_token": "***"}, "flags": {"dtype": "auto", "hf_token": "***"}, "env": ["DB_PASSWORT"],
         "sleep": 1, "asleep": None, "stop_after": 60.0, "priority": 3, "pinned": True, "configured_as": "alias",
-        "added_for_load": False, "made_with_new": False,
+        "added_for_load": False, "made_with_new": False, "elapsed": 0.0, "expected": None,
         "timeout": 600.0, "expires_in": 599.0, "in_flight": 1,
         "load": {"tokens_per_s": 0.0, "prompt_tokens_per_s": 0.0, "requests_per_s": 0.0, "ttft_s": None, "in_flight": 0,
                  "waiting": 0.0, "cache_usage": None},

@@ -16,7 +16,7 @@ from tests.support import wait_until
 from tests.tmux import Tmux, needs_tmux
 from vllm_server_client.cli.exits import Exit
 from vllm_server_client.top import drawing, snapshot
-from vllm_server_client.top.snapshot import Figures, Snapshot
+from vllm_server_client.top.snapshot import Snapshot
 
 GIB = 1 << 30
 HEALTH: Any = {"status": "ok", "instances": 1, "ready": 1, "vllm_processes": 1, "version": "0.1.0",
@@ -35,12 +35,26 @@ def instance(identity: str = "abcd1234", *, held: int | None = None, gpus: tuple
             "because": None,
             "phase": None, "progress": None, "gpus": list(gpus), "in_flight": 0, "created": 1, "expires_in": 605.0,
             "memory": {"planned_bytes": None, "measured_bytes": held}, "restarts": 0, "retry_in": None,
-            "last_error": None, **fields}
+            "last_error": None, "elapsed": 12.0, "expected": None, "load": load(), **fields}
 
 
-def look(*instances: Any, at: float = 0.0, **fields: Any) -> Snapshot:
+def load(**fields: object) -> Any:
+    return {"tokens_per_s": 0.0, "waiting": 0.0, "cache_usage": None, **fields}
+
+
+def server(**fields: object) -> Any:
+    return {"id": "gpu-server-1:8081", "health": "up", "status": True, "circuit": "closed", "running": 2, "waiting": 1,
+            "capacity": 8, "cache_usage": 0.5, "models": ["m"], "why": "it answers", **fields}
+
+
+def state(number: int, to: str, why: str = "") -> Any:
+    return {"id": number, "at": 0.0, "event": "state", "instance": "abcd1234", "model": "org/model", "to": to,
+            "why": why}
+
+
+def look(*instances: Any, **fields: Any) -> Snapshot:
     devices: Any = {"object": "list", "driver": None, "cuda": None, "data": [device()]}
-    return Snapshot(at, HEALTH, devices, instances, **fields)
+    return Snapshot(HEALTH, devices, instances, **fields)
 
 
 # --- bars -------------------------------------------------------------------------------------------------------------
@@ -78,19 +92,26 @@ def test_a_row_fits_its_columns_whatever_it_holds(terminal: int) -> None:
     assert sum(columns) + len(columns) + drawing.SCROLLBAR <= terminal
     worst = instance("abcd1234", held=999 << 20, gpus=tuple(range(0, 64, 2)), status="falling_asleep", in_flight=123456,
                      model_name="organisation/" + "model" * 40, expires_in=2e9)
-    now = look(worst, at=1.0, figures={"abcd1234": Figures(1e6, 1.0, 1e9)})
-    row = drawing.instance_row(0, look(worst, figures={"abcd1234": Figures()}), now, columns)
+    row = drawing.instance_row(0, {**worst, "load": load(tokens_per_s=1e9, waiting=1e6, cache_usage=1.0)}, columns)
     assert [len(cell.plain) <= width for cell, width in zip(row, columns, strict=True)] == [True] * len(columns)
 
 
 def test_a_row_at_80_columns_says_it_all() -> None:
-    one = instance(held=int(1.9 * GIB), status="starting", progress=0.4, model_name="Qwen/Qwen3-0.6B", in_flight=3)
-    before, now = look(one, figures={one["id"]: Figures(2, 0.5, 100)}), look(
-        one, at=2.0, figures={one["id"]: Figures(2, 0.5, 500)})
-    row = [cell.plain for cell in drawing.instance_row(0, before, now, drawing.widths(80))]
-    assert row == ["a", "abcd1234", "Qwen3-0.6B", "starting 40%", "0", "1.9 G", "3", "2", "200", "50%", "10m 5s"]
-    row = [cell.plain for cell in drawing.instance_row(0, None, look(one), drawing.widths(120))]
-    assert row[2] == "Qwen/Qwen3-0.6B" and row[7:10] == ["-", "-", "-"]
+    one = instance(held=int(1.9 * GIB), model_name="Qwen/Qwen3-0.6B", in_flight=3,
+                   load=load(tokens_per_s=200.4, waiting=2.0, cache_usage=0.5))
+    row = [cell.plain for cell in drawing.instance_row(0, one, drawing.widths(80))]
+    assert row == ["a", "abcd1234", "Qwen3-0.6B", "ready", "0", "1.9 G", "3", "2", "200", "50%", "10m 5s"]
+    loading = {**one, "status": "starting", "progress": 0.4, "load": load()}
+    row = [cell.plain for cell in drawing.instance_row(0, loading, drawing.widths(120))]
+    assert row[2:4] == ["Qwen/Qwen3-0.6B", "starting 40%"] and row[7:10] == ["-", "-", "-"]
+
+
+@pytest.mark.parametrize("width", [60, 80, 132])
+def test_a_servers_line_fits_and_tells_its_load(width: int) -> None:
+    line = drawing.server_line(server(models=["model"] * 40), width).plain
+    assert len(line) <= width and line.startswith("@ gpu-server-1:8081") and "2 running" in line
+    down = drawing.server_line(server(health="down", status=False, circuit="open"), 132).plain
+    assert "down, breaker open" in down
 
 
 def test_the_line_below_tells_of_the_chosen_one() -> None:
@@ -98,60 +119,45 @@ def test_the_line_below_tells_of_the_chosen_one() -> None:
     assert drawing.detail(instance(status="failed", last_error=error)).plain == "no room"
     loading = instance(status="starting", phase="loading_weights", why="created", restarts=2,
                        because="GPU 0 has most room")
-    assert drawing.detail(loading).plain == "org/model: loading weights; created; GPU 0 has most room; restarts: 2"
-    assert "SIMULATED" in drawing.headline(Snapshot(0, HEALTH | {"simulated": True}, look().devices, ()), "u").plain
+    assert drawing.detail(loading).plain == (
+        "org/model: loading weights, 12 s; created; GPU 0 has most room; restarts: 2")
+    assert "loading weights, 12 s of about 40 s;" in drawing.detail({**loading, "expected": 40.0}).plain
+    assert "SIMULATED" in drawing.headline(Snapshot(HEALTH | {"simulated": True}, look().devices, ()), "u").plain
 
 
-# --- figures and events -----------------------------------------------------------------------------------------------
+# --- events -----------------------------------------------------------------------------------------------------------
 
-def test_engines_figures_are_read_from_the_metrics() -> None:
-    text = """# HELP vllm:num_requests_waiting Number
-vllm:num_requests_waiting{engine="0",instance="abc",model_name="m"} 2.0
-vllm:num_requests_waiting{engine="1",instance="abc",model_name="m"} 1.0
-vllm:kv_cache_usage_perc{engine="0",model_name="m",instance="def"} 0.25
-vllm:generation_tokens_total{instance="abc"} 1.5e3
-vllm:num_requests_waiting{engine="0"} 9.0
-vllm:other{instance="abc"} 9.0
-"""
-    assert snapshot.figures_of(text) == {"abc": Figures(3, 0, 1500), "def": Figures(0, 0.25, 0)}
-
-
-def test_a_rate_needs_two_readings_of_one_engine() -> None:
-    first, second = look(figures={"a": Figures(tokens=10)}), look(at=2.0, figures={"a": Figures(tokens=110)})
-    assert snapshot.tokens_per_s(first, second, "a") == 50
-    assert snapshot.tokens_per_s(None, second, "a") is None
-    assert snapshot.tokens_per_s(second, look(at=3.0, figures={"a": Figures()}), "a") is None      # it began anew
-    assert snapshot.tokens_per_s(first, second, "b") is None
+def told(old: Snapshot | None, new: Snapshot) -> list[str]:
+    return [event.text for event in snapshot.changes(old, new)]
 
 
 def test_what_changes_is_told_once() -> None:
-    error = {"code": "c", "message": "out of memory", "detail": None, "suggestion": None}
-    steps = [look(), look(instance(status="starting", why="created")), look(instance()),
-             look(instance(progress=0.5)), look(instance(status="backoff", last_error=error)), look()]
-    told = [event.text for old, new in zip([None, *steps], steps, strict=False) for event in snapshot.changes(old, new)]
-    assert told == ["org/model abcd1234 is starting: created", "org/model abcd1234 is ready: health answered",
-                    "org/model abcd1234 is backoff: out of memory", "org/model abcd1234 is gone"]
-    up, down = [{"url": "http://a", "status": "up"}], [{"url": "http://a", "status": "down"}]
-    assert [event.text for event in snapshot.changes(look(servers=up), look(servers=down))] == [
-        "server http://a is down"]
-    assert snapshot.changes(look(), look(servers=up)) == []
+    first, second = state(1, "starting", "created"), state(2, "ready", "health answered")
+    before, after = look(events=[first]), look(events=[first, {**second, "event": "phase"}, {**second, "id": 3}])
+    assert told(None, before) == ["org/model abcd1234 is starting: created"]
+    assert told(before, after) == ["org/model abcd1234 is ready: health answered"]
+    assert told(after, after) == []
+    assert told(after, look(events=[state(1, "failed")])) == ["org/model abcd1234 is failed"]      # another daemon
+    down = server(health="down", status=False, why="no answer")
+    assert told(look(servers=[server()]), look(servers=[down])) == ["server gpu-server-1:8081 is down: no answer"]
+    assert told(look(), look(servers=[server()])) == []
     wrong: Any = HEALTH | {"config": {"file": "config.yaml", "error": "config.yaml:3: bad"}}
-    [event] = snapshot.changes(look(), Snapshot(1, wrong, look().devices, ()))
+    [event] = snapshot.changes(look(), Snapshot(wrong, look().devices, ()))
     assert "config.yaml:3" in event.text
 
 
 # --- the whole --------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     with Daemon(tmp_path_factory.mktemp("top")) as daemon:
         yield daemon
 
 
 @pytest.fixture
-def daemon(server: Daemon) -> Iterator[Daemon]:
-    yield server
-    server.remove()
+def daemon(shared: Daemon) -> Iterator[Daemon]:
+    yield shared
+    shared.remove()
 
 
 def monitor(daemon: Daemon, **size: int) -> Tmux:
@@ -182,7 +188,7 @@ def test_the_monitor_shows_loads_follows_and_stops(daemon: Daemon) -> None:
         screen.wait_for("Stop org/quick")
         screen.keys("y")
         wait_until(lambda: [each["id"] for each in daemon.instances()] == [one["id"]])
-        screen.wait_for("is gone", "1 of 1 ready")
+        screen.wait_for("org/quick", "is stopped", "1 of 1 ready")
         screen.keys("q")
         screen.wait_for("exit=0")
         assert "host memory" not in screen.screen       # the terminal is as it was
@@ -201,6 +207,24 @@ def test_a_load_that_is_refused_and_a_start_that_fails_are_told(daemon: Daemon) 
         screen.wait_for("org/bad", "backoff")
         screen.keys("C-c")
         screen.wait_for("exit=0")
+
+
+@needs_tmux
+def test_servers_what_happened_before_and_the_figures_are_shown(tmp_path: Path) -> None:
+    (tmp_path / "servers.toml").write_text(
+        '[servers]\nservers = [{ url = "http://127.0.0.1:9", max_concurrent_requests = 2, models = ["far"] }]\n')
+    with Daemon(tmp_path) as daemon:
+        one = daemon.create("org/tiny", sim={"tokens_per_s": 50})
+        daemon.post("/v1/completions", {"model": "org/tiny", "prompt": "x", "max_tokens": 100})
+        wait_until(lambda: daemon.instance(one["id"])["load"]["cache_usage"] is not None)
+        with monitor(daemon) as screen:
+            screen.wait_for("@ 127.0.0.1:9", "down", "far", "is ready: ", "0%")
+            slow = daemon.create("org/slow", sim={"start_s": 600}, wait=False)
+            screen.wait_for(slow["id"], "starting")
+            screen.keys("Down")
+            screen.wait_for("org/slow: ")
+            screen.keys("q")
+            screen.wait_for("exit=0")
 
 
 @needs_tmux

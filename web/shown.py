@@ -26,6 +26,7 @@ def instance_json(view: InstanceView, *, simulated: bool) -> dict[str, Any]:
         "aliases": [name for name in view.names if name != spec.model],
         "status": str(view.state), "why": view.why, "because": view.because or None,
         "phase": view.phase or None, "progress": view.progress,
+        "elapsed": round(view.elapsed_s, 1), "expected": view.expected_s,
         "port": view.port, "pid": view.pid, "gpus": list(view.devices),
         "memory": {"planned_bytes": view.memory_planned_bytes, "measured_bytes": view.memory_measured_bytes,
                    "configured_bytes": spec.memory_bytes},

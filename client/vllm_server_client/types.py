@@ -155,7 +155,8 @@ class Figures(TypedDict):
 
 
 class Instance(TypedDict):
-    """`why` it is in its state; `because`: why it stands on these devices."""
+    """`why` it is in its state, for `elapsed` seconds; `because`: why it stands on these devices; `expected`: seconds
+    that this start or wake took before."""
 
     id: str
     object: Literal["instance"]
@@ -166,6 +167,8 @@ class Instance(TypedDict):
     because: str | None
     phase: str | None
     progress: float | None
+    elapsed: float
+    expected: float | None
     port: int | None
     pid: int | None
     gpus: list[int]

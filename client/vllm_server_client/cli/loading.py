@@ -93,7 +93,8 @@ def _bar(terminal: Terminal, name: str, expected_s: float | None) -> Iterator[Sh
 
         def show(instance: Instance) -> None:
             elapsed_s = progress.tasks[0].elapsed or 0.0
-            of = f" of about {words.span(expected_s)}" if expected_s else ""
+            usual_s = instance["expected"] or expected_s
+            of = f" of about {words.span(usual_s)}" if usual_s else ""
             share = instance["progress"]
             progress.update(task, description=f"{name}: {step(instance)}"[:48], total=None if share is None else 1.0,
                             completed=share or 0.0, times=f"{words.span(elapsed_s)}{of}")

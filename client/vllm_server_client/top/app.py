@@ -26,6 +26,7 @@ from vllm_server_client.types import Instance
 
 EVENTS_KEPT = 200
 EVENTS_SHOWN = 5
+SERVERS_SHOWN = 6
 
 
 class Monitor(App[None]):
@@ -71,7 +72,6 @@ class MainScreen(Screen[None]):
     def __init__(self, client: AsyncVLLMProxyClient, interval_s: float) -> None:
         super().__init__()
         self._client, self._interval_s = client, interval_s
-        self._old: Snapshot | None = None
         self._new: Snapshot | None = None
         self._widths = drawing.widths(80)
         self._written: dict[str, Text] = {}
@@ -80,6 +80,7 @@ class MainScreen(Screen[None]):
     def compose(self) -> ComposeResult:
         yield Static(Text(f"asking {self._client.base_url} ..."), id="head")
         yield Static(id="devices")
+        yield Static(id="servers")
         yield DataTable(id="instances", cursor_type="row", cell_padding=0, zebra_stripes=False)
         yield Static(id="detail")
         yield Static(id="events")
@@ -128,13 +129,13 @@ class MainScreen(Screen[None]):
                 self._write("head", Text(error.message, "bold red"))
             else:
                 self._note(snapshot.changes(self._new, new))
-                self._old, self._new = self._new, new
+                self._new = new
                 self._show()
             await asyncio.sleep(self._interval_s)
 
     def _note(self, events: list[Event]) -> None:
-        now = time.strftime("%H:%M:%S")
-        self._events.extend((now, event) for event in events)
+        for event in events:
+            self._events.append((time.strftime("%H:%M:%S", time.localtime(event.at)), event))
 
     def _show(self) -> None:
         new = self._new
@@ -142,6 +143,8 @@ class MainScreen(Screen[None]):
         self._write("head", drawing.headline(new, self._client.base_url))
         self._write("devices", *(drawing.device_line(device, new.instances, self.size.width)
                                  for device in new.devices["data"]))
+        self._write("servers", *(drawing.server_line(one, self.size.width) for one in new.servers[:SERVERS_SHOWN]))
+        self.query_one("#servers", Static).display = bool(new.servers)
         self._show_instances(new)
         shown = list(self._events)[-EVENTS_SHOWN:]
         self._write("events", *(Text.assemble((f"{at} ", "dim"), (event.text, event.style)) for at, event in shown))
@@ -160,7 +163,7 @@ class MainScreen(Screen[None]):
         for gone in there - set(wanted):
             table.remove_row(gone)
         for index, one in enumerate(new.instances):
-            row = drawing.instance_row(index, self._old, new, self._widths)
+            row = drawing.instance_row(index, one, self._widths)
             if one["id"] not in there:
                 table.add_row(*row, key=one["id"])
                 continue

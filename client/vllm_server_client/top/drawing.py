@@ -10,8 +10,8 @@ from string import ascii_lowercase, ascii_uppercase, digits
 from rich.text import Text
 
 from vllm_server_client.cli import words
-from vllm_server_client.top.snapshot import Snapshot, tokens_per_s
-from vllm_server_client.types import Device, Instance
+from vllm_server_client.top.snapshot import Snapshot
+from vllm_server_client.types import BackendLoad, Device, Instance
 
 LETTERS = ascii_lowercase + ascii_uppercase + digits
 COLOURS = ("green", "blue", "magenta", "cyan", "yellow", "red")
@@ -82,16 +82,16 @@ def held_bytes(one: Instance, device: int) -> float:
     return (total or 0) / len(one["gpus"])
 
 
-def instance_row(index: int, old: Snapshot | None, new: Snapshot, columns: Sequence[int]) -> list[Text]:
+def instance_row(index: int, one: Instance, columns: Sequence[int]) -> list[Text]:
     """The cells of one instance, in the order of COLUMNS, each cut to its column's width."""
-    one = new.instances[index]
-    figures = new.figures.get(one["id"])
-    rate = tokens_per_s(old, new, one["id"])
+    load, serves = one["load"], one["status"] == "ready"
+    rate = load["tokens_per_s"] if serves else None
     cells = [
         Text(letter(index), style(index)), Text(one["id"]), Text(short_name(words.name(one), columns[2])),
         words.state(one), Text(words.devices(one["gpus"])), _right(words.memory(one).replace("iB", "")),
-        _right(str(one["in_flight"])), _right("-" if figures is None else f"{figures.waiting:.0f}"),
-        _right("-" if rate is None else f"{rate:.0f}"), _right("-" if figures is None else f"{figures.cache:.0%}"),
+        _right(str(one["in_flight"])), _right(f"{load['waiting']:.0f}" if serves else "-"),
+        _right("-" if rate is None else f"{rate:.0f}"),
+        _right("-" if load["cache_usage"] is None else f"{load['cache_usage']:.0%}"),
         _right(_short(words.expiry(one)))]
     for cell, width in zip(cells, columns, strict=True):
         cell.truncate(width, overflow="ellipsis")
@@ -117,10 +117,27 @@ def detail(one: Instance) -> Text:
     error = one["last_error"]
     if error is not None and one["status"] in ("failed", "backoff"):
         return Text(error["message"], words.STYLES[one["status"]])
-    phase = f"{one['phase'].replace('_', ' ')}; " if one["phase"] and one["status"] == "starting" else ""
+    phase = f"{step(one)}; " if one["status"] in ("starting", "waking") else ""
     restarts = f"; restarts: {one['restarts']}" if one["restarts"] else ""
     place = f"; {one['because']}" if one["because"] else ""
     return Text(f"{one['model_name']}: {phase}{one['why']}{place}{restarts}", "dim")
+
+
+def step(one: Instance) -> str:
+    """Of a load or a wake: what it does, for how long, and how long it takes as a rule."""
+    usual = f" of about {words.span(one['expected'])}" if one["expected"] else ""
+    return f"{(one['phase'] or one['status']).replace('_', ' ')}, {words.span(one['elapsed'])}{usual}"
+
+
+def server_line(one: BackendLoad, width: int) -> Text:
+    """A server on another machine: its address, health, load and models."""
+    health = one["health"] if one["circuit"] == "closed" else f"{one['health']}, breaker {one['circuit']}"
+    cache = "" if one["cache_usage"] is None else f" cache {one['cache_usage']:.0%}"
+    line = Text.assemble(("@ ", "dim"), f"{one['id'][:25]:<25} ", (f"{health:<6}", "green" if one["status"] else "red"),
+                         f" {one['running']:g} running {one['waiting']:g} waiting of {one['capacity']}{cache}  ",
+                         (words.plain(", ".join(one["models"])), "dim"))
+    line.truncate(width, overflow="ellipsis")
+    return line
 
 
 def headline(snapshot: Snapshot, url: str) -> Text:
