@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from routing.observed import MAX_MODELS, OTHER, About, Observed
+from routing.observed import MAX_MODELS, OTHER, RECENT, RECENT_FAILED, About, Observed
 from simulation.metrics import Metrics
 from web.exposition import merged
 
@@ -95,3 +95,26 @@ def test_models_and_backends_cannot_grow_without_bound() -> None:
     observed.answered(about(backend="here"), 200, now=1.0)
     assert set(observed.seen({"here"}).answers) == {("m", "here", "200")} or \
         set(observed.seen({"here"}).answers) == {(OTHER, "here", "200")}
+
+
+def test_the_last_requests_are_kept_and_a_flood_washes_no_failure_away() -> None:
+    observed = Observed()
+    observed.answered(about(backend=""), 503, now=0.3)
+    for number in range(RECENT + 5):
+        observed.answered(about(model=str(number)), 200, now=0.1)
+    assert [one.model for one in observed.recent()] == [str(number) for number in range(5, RECENT + 5)]
+    (failed,) = observed.recent(failed=True)
+    assert (failed.status, failed.first_byte_s, failed.seconds) == (503, 0.3, 0.3)
+    for _ in range(RECENT_FAILED + 5):
+        observed.answered(about(), 500, now=0.1)
+    assert len(observed.recent(failed=True)) == RECENT_FAILED
+
+
+def test_one_that_broke_after_its_head_is_among_the_failed() -> None:
+    observed = Observed()
+    one = about()
+    ended = observed.end_of(one, lambda: 4.0, lambda: "engine_died")
+    observed.answered(one, 200, now=1.0)
+    assert one.seconds is None and observed.recent(failed=True) == []
+    ended()
+    assert observed.recent(failed=True) == [one] and (one.code, one.seconds) == ("engine_died", 4.0)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from routing.scrape import MAX_MODELS, Gauges, Offered, gauges, offered
+from routing.scrape import MAX_MODELS, Gauges, Offered, Totals, gauges, offered, totals
 from simulation.metrics import Metrics
 
 PAGE = b"""# HELP vllm:num_requests_running Number of requests in model execution batches.
@@ -33,6 +33,17 @@ def test_the_cache_has_an_older_name_too() -> None:
 def test_the_simulated_engine_says_the_same_as_a_real_one() -> None:
     page = Metrics("x").render(running=2, waiting=7, max_num_seqs=8, sleep_level=0)
     assert gauges(page.encode()) == Gauges(2, 7, 0.25)
+
+
+def test_what_was_counted_since_the_start_is_added_up() -> None:
+    simulated = Metrics("x")
+    simulated.prompt_tokens = 3
+    simulated.token(5, since=0.0)
+    told = totals(simulated.render(running=0, waiting=0, max_num_seqs=8, sleep_level=0).encode())
+    assert told is not None and told[:3] == (5, 3, 1) and told.first_tokens_s > 0
+    two = b'vllm:generation_tokens_total{engine="0"} 5\nvllm:generation_tokens_total{engine="1"} 7\n'
+    assert totals(two) == Totals(12, 0, 0, 0)
+    assert totals(b"<html>") is None and totals(b"vllm:generation_tokens_total lots\n") is None
 
 
 @pytest.mark.parametrize("page", [b"", b"<html>", b"vllm:num_requests_running lots\n", b"\xff\x00", b"other_total 3\n"])

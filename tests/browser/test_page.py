@@ -281,6 +281,21 @@ def test_events_that_do_not_come_are_asked_for(daemon: Daemon, open_page: Open) 
     expect(row(page, "seen").locator("span.state")).to_have_text("ready")
 
 
+def test_a_connection_that_dies_without_a_word_is_noticed(daemon: Daemon, open_page: Open) -> None:
+    def hang(page: Page) -> None:
+        page.clock.install()
+        page.route("**/admin/events?follow=1", lambda route: None)
+
+    page = open_page(daemon, before=hang).page
+    expect(row(page, "chat").locator("span.state")).to_have_text("not loaded")
+
+    def polls() -> bool:
+        page.clock.fast_forward(40_000)
+        return page.locator("#link-text").text_content() == "Polling"
+
+    wait_until(polls)
+
+
 def test_it_speaks_chinese_to_who_does_and_switches(daemon: Daemon, open_page: Open) -> None:
     page = open_page(daemon, language="zh-CN").page
     expect(page.get_by_role("link", name="试用")).to_be_visible()

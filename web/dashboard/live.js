@@ -3,6 +3,7 @@
 import { ApiError, events, get } from './api.js';
 
 const POLL_MS = 5000;
+const SILENCE_MS = 35000;
 const AGAIN_MS = [500, 1000, 2000, 5000, 10000];
 const POLLS_BEFORE_EVENTS = 6;
 const EVENTS_KEPT = 200;
@@ -54,9 +55,11 @@ async function follow(signal) {
   let failures = 0;
   let last = '';
   while (!signal.aborted) {
+    const silence = watchdog(SILENCE_MS);
     try {
       const headers = last ? { 'Last-Event-ID': last } : {};
-      for await (const one of events('GET', '/admin/events?follow=1', { signal, headers })) {
+      for await (const one of events('GET', '/admin/events?follow=1', { signal: AbortSignal.any([signal, silence.signal]), headers })) {
+        silence.begin();
         if (one.comment !== undefined) continue;
         if (one.id) last = one.id;
         failures = 0;
@@ -65,12 +68,24 @@ async function follow(signal) {
     } catch (error) {
       if (signal.aborted) return;
       if (error.status === 401 || error.status === 403) { refuse(error); return; }
+    } finally {
+      silence.end();
     }
     if (signal.aborted) return;
     failures += 1;
     if (failures < 3) await sleep(AGAIN_MS[failures], signal);
-    else await poll(signal, failures);
+    else await poll(signal);
   }
+}
+
+// A connection may die without a word: then what comes every few seconds does not.
+function watchdog(ms) {
+  const aborted = new AbortController();
+  let bite = null;
+  const end = () => clearTimeout(bite);
+  const begin = () => { end(); bite = setTimeout(() => aborted.abort(), ms); };
+  begin();
+  return { signal: aborted.signal, begin, end };
 }
 
 async function poll(signal) {
