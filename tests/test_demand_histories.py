@@ -200,10 +200,11 @@ class Histories(RuleBasedStateMachine):
 
     @rule(index=st.integers(0, 1), wanted_gib=st.sampled_from([0, 10, 45, 75]))
     def stranger_takes(self, index: int, wanted_gib: int) -> None:
-        """What is neither taken nor promised: a start that a stranger is quicker than fails, as it must."""
+        """What nobody has yet, whoever was promised it; but not from one that was told to wake, which fails then as
+        it must."""
         claims = 0
         for one in self.world.manager._instances.values():
-            if index in one.devices:
+            if index in one.devices and one.state is State.WAKING:
                 claims += one.memory_planned_bytes or 0
         device = self.world.devices._with_engines(cuda(index))
         most = min(device.free_bytes, device.total_bytes - 2 * GIB - claims)
