@@ -21,6 +21,7 @@ from instance_manager import FIXED
 from instances import launcher
 from instances.instance import State
 from instances.startup_log import CAUSES
+from scripts import make_docs
 from tests.daemon import CHECKOUT
 from tests.demo_run import DemoRun, shell
 from tests.support import wait_until
@@ -121,6 +122,11 @@ def test_every_state_and_every_target_stands_there(readme: str) -> None:
     assert {str(state) for state in State if state is not State.STOPPED} <= rows(readme).keys()
     phony = re.findall(r"^\.PHONY: (.*)$", (CHECKOUT / "Makefile").read_text(), re.MULTILINE)[0].split()
     assert {name for name in rows(readme) if name.startswith("make ")} == {f"make {name}" for name in phony}
+
+
+@pytest.mark.parametrize("path", sorted(make_docs.documents()), ids=lambda path: path.name)
+def test_what_is_written_from_the_code_is_up_to_date(path: Path) -> None:
+    assert path.read_text() == make_docs.documents()[path], ".venv/bin/python -m scripts.make_docs writes it anew"
 
 
 def test_both_languages_show_the_same_code() -> None:
