@@ -13,8 +13,8 @@ import pytest
 
 from .real_daemon import Model, RealDaemon, find_engine, make_bert, make_llama
 
-ORDER = ("test_loading", "test_cold", "test_sdks", "test_client", "test_page", "test_crash", "test_chaos", "test_idle",
-         "test_stop", "test_failures", "test_five_models")
+ORDER = ("test_loading", "test_cold", "test_sdks", "test_client", "test_page", "test_replicas", "test_crash",
+         "test_chaos", "test_idle", "test_stop", "test_failures", "test_five_models")
 GUARD_S = 1500      # for one test and what it needs
 COMMENTS_SOON = {"routing.commented.AFTER_S": 1.0, "routing.commented.EVERY_S": 0.5}     # however fast a start is
 

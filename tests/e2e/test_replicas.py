@@ -1,0 +1,115 @@
+"""Two replicas of a real model, and the same two engines as servers of another daemon: one model to the OpenAI SDK,
+which loses nothing when one of them is killed while it answers."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from tests.daemon import Daemon
+from tests.support import wait_until
+
+from .conftest import Models
+from .real_daemon import LOAD_S, RealDaemon, kill
+
+REQUESTS, AT_ONCE, TOKENS = 50, 8, 100
+KILLED_AFTER = 15       # answers
+
+
+@contextlib.contextmanager
+def sdk(daemon: Daemon) -> Iterator[openai.OpenAI]:
+    """It tries nothing again by itself."""
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{daemon.port}/v1", api_key="none", max_retries=0, timeout=LOAD_S,
+                       http_client=openai.DefaultHttpxClient(trust_env=False)) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def second() -> list[str]:
+    """The id of the replica that this file adds."""
+    return []
+
+
+@pytest.fixture
+def replicas(daemon: RealDaemon, models: Models, second: list[str]) -> list[dict[str, Any]]:
+    """Two of them, ready."""
+    first = daemon.begin(models.tiny)
+    if not second:
+        second.append(daemon.begin(models.tiny, new=True)["id"])
+    other = second[0] if second[0] != first["id"] else next(
+        one["id"] for one in daemon.instances() if "tiny" in one["aliases"] and one["id"] != second[0])
+    return [daemon.wait_ready(first["id"]), daemon.wait_ready(other)]
+
+
+def fifty_while_one_dies(daemon: Daemon, victim_pid: int, busy: Callable[[], bool]) -> tuple[list[int], float]:
+    """Tokens of each answer, and the seconds of the longest.  The engine is killed while it has requests."""
+    took: list[float] = []
+    enough = threading.Event()
+    with sdk(daemon) as client, ThreadPoolExecutor(AT_ONCE) as pool:
+        def ask(number: int) -> int:
+            begun = time.monotonic()
+            answer = client.completions.create(model="tiny", prompt=f"A small {number}", max_tokens=TOKENS,
+                                               extra_body={"ignore_eos": True})
+            took.append(time.monotonic() - begun)
+            if len(took) >= KILLED_AFTER:
+                enough.set()
+            assert answer.usage is not None
+            return answer.usage.completion_tokens
+
+        asked = [pool.submit(ask, number) for number in range(REQUESTS)]
+        assert enough.wait(LOAD_S)
+        wait_until(busy, LOAD_S)
+        kill(victim_pid, signal.SIGKILL)
+        return [one.result() for one in asked], max(took)
+
+
+def test_one_of_two_servers_is_killed(daemon: RealDaemon, replicas: list[dict[str, Any]], tmp_path: Path,
+                                      note: Callable[[str], None]) -> None:
+    """Plain `vllm serve` processes to a daemon that has no engine of its own."""
+    front = Daemon(tmp_path / "front")
+    front.folder.mkdir()
+    entries = ", ".join(f'{{ url = "http://127.0.0.1:{one["port"]}", max_concurrent_requests = 8 }}'
+                        for one in replicas)
+    (front.folder / "servers.toml").write_text(
+        f"[servers]\nservers = [{entries}]\n[config]\nhealth_check_interval = 1\nmax_retries = 3\n")
+    with front:
+        def load() -> dict[str, dict[str, Any]]:
+            return {one["url"].rpartition(":")[2]: one for one in front.get("/load-stats").json["servers"]}
+
+        wait_until(lambda: [one["health"] for one in load().values()] == ["up", "up"] and any(
+            model["id"] == "tiny" for model in front.get("/v1/models").json["data"]))
+        with sdk(front) as client:
+            assert [model.id for model in client.models.list()].count("tiny") == 1
+        port = str(replicas[1]["port"])
+        tokens, longest_s = fifty_while_one_dies(front, replicas[1]["pid"], lambda: load()[port]["in_flight"] > 0)
+        assert tokens == [TOKENS] * REQUESTS
+        page = front.get("/metrics").body.decode()
+        assert 'vllm_server_retries_total{' in page
+    note(f"two real servers, one killed: {REQUESTS} of {REQUESTS} answered, the longest in {longest_s:.1f} s")
+
+
+def test_one_of_two_replicas_is_killed(daemon: RealDaemon, replicas: list[dict[str, Any]], second: list[str],
+                                       note: Callable[[str], None]) -> None:
+    """The other one of the two; it is started again, and what this file added goes."""
+    with sdk(daemon) as client:
+        assert [model.id for model in client.models.list()].count("tiny") == 1
+    victim, other = sorted(replicas, key=lambda one: one["id"] in second)
+    tokens, longest_s = fifty_while_one_dies(daemon, victim["pid"],
+                                             lambda: daemon.instance(victim["id"])["in_flight"] > 0)
+    assert tokens == [TOKENS] * REQUESTS
+    page = daemon.get("/metrics").body.decode()
+    backends = Counter(line.split('backend="')[1].split('"')[0] for line in page.splitlines()
+                       if line.startswith("vllm_server_requests_total") and 'model="tiny"' in line)
+    assert backends.keys() >= {victim["id"], other["id"]}
+    note(f"two real replicas, one killed: {REQUESTS} of {REQUESTS} answered, the longest in {longest_s:.1f} s")
+    assert daemon.delete(f"/instances/{second[0]}?wait=1").status == 200
