@@ -14,7 +14,9 @@ from tests.browser.chromium import DESK, HANG_MS, PHONE, axe_source
 from tests.browser.conftest import Open
 from tests.daemon import Daemon
 from tests.gpu_box import GpuBox, needs_compiler
+from tests.stub_server import StubServer
 from tests.support import wait_until
+from tests.test_servers import servers_toml
 
 expect.set_options(timeout=HANG_MS)
 
@@ -205,6 +207,31 @@ def test_an_answer_can_be_stopped(daemon: Daemon, open_page: Open) -> None:
     page.get_by_role("button", name="Stop", exact=True).click()
     expect(page.locator("article.model")).to_contain_text("stopped")
     expect(page.locator("article.model .figures")).to_contain_text("tokens/s")
+
+
+def test_other_servers_are_shown_with_their_health(tmp_path: Path, open_page: Open) -> None:
+    with StubServer("far", ("distant-model",)) as server, StubServer("gone", ("m",)) as gone:
+        (tmp_path / "servers.toml").write_text(servers_toml([server, gone]))
+        gone.stop()
+        with Daemon(tmp_path, patch={"web.figures.EVERY_S": 0.5}) as daemon:
+            page = open_page(daemon).page
+            servers = page.locator("#servers tr")
+            expect(servers).to_have_count(2)
+            expect(servers.filter(has_text="distant-model").locator("span.state")).to_have_text("up")
+            expect(page.locator("#servers-about")).to_have_text("1 of 2 up")
+            page.get_by_role("link", name="Playground").click()
+            expect(page.locator("#play-model")).to_contain_text("distant-model")
+
+
+def test_where_management_is_for_the_machine_itself_the_page_says_so(daemon: Daemon, open_page: Open) -> None:
+    def from_elsewhere(page: Page) -> None:
+        page.set_extra_http_headers({"X-Forwarded-For": "203.0.113.9"})
+
+    page = open_page(daemon, before=from_elsewhere, allowed=("status of 403",)).page
+    expect(page.locator("#notices")).to_contain_text("ADMIN_API_KEYS")
+    expect(page.get_by_role("dialog")).to_have_count(0)
+    page.get_by_role("link", name="Playground").click()
+    expect(page.locator("#play-model")).to_contain_text("chat")
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------
