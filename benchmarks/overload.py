@@ -46,6 +46,9 @@ async def _client(port: int, until: float, statuses: Counter[str]) -> None:
                     statuses[head.split()[1].decode()] += 1
                     length = int(head.lower().partition(b"content-length: ")[2].split(b"\r")[0])
                     await reader.readexactly(length)
+                    if head.startswith(b"HTTP/1.1 503"):
+                        await asyncio.sleep(1)      # as Retry-After says; its connection is closed
+                        break
         except (OSError, asyncio.IncompleteReadError):
             statuses["broken"] += 1
             await asyncio.sleep(0.1)

@@ -16,7 +16,6 @@ import os
 import selectors
 import signal
 import socket
-import struct
 import sys
 import threading
 import time
@@ -28,12 +27,13 @@ from typing import Any
 from gunicorn.arbiter import Arbiter
 from gunicorn.http import errors as http_errors
 from gunicorn.http import get_parser, wsgi
-from gunicorn.workers.gthread import TConn, ThreadWorker
+from gunicorn.workers.gthread import ThreadWorker
 
 from config import Settings
 from errors import DaemonError
 from routing import request_id
 from web import refusals
+from web.connection import CLIENT_GONE, Connection, OneWrite, Parked, has_left, reset
 from web.intake import CONTINUE, Buffers, Collected, Intake, Taken
 from web.lanes import Lanes, is_reserved
 from web.threads import LOOK_S
@@ -50,24 +50,12 @@ SEND_TIMEOUT_S = 60.0       # a client that takes nothing for so long is gone
 LINGER_S = 2.0
 REFUSED_S = 1.0             # without a free descriptor, clients wait in the backlog for so long before the next look
 LINGER_BYTES = 1 << 20
-CLIENT_GONE = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.EBADF})
 OUT_OF_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 SPARE = 256                 # connections past the bound, for those who watch and manage; others are told 503 there
 SPARE_IDLE_S = 5.0          # what a client has for its head on one of these
 TRY_AGAIN = 1               # exit status of a worker that could not start now: neither of gunicorn's two for 'never'
 TRY_AGAIN_S = 1.0
 LOOKED_AT = 32              # parked connections, to find one that idles and can go for a new one
-
-
-@dataclass(eq=False)
-class Parked:
-    """A connection without a thread: what to do when it is readable, and until when to wait."""
-
-    connection: Connection
-    deadline: float                                     # monotonic
-    on_readable: Callable[[Connection, Parked], None]
-    has_begun: bool = False                             # a part of a request is here
-    discarded_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,15 +75,6 @@ class Service:
     waiting: Callable[[], int]
 
 
-class Connection(TConn):
-    """A client's connection, with the request it is sending."""
-
-    def __init__(self, cfg: Any, sock: socket.socket, client: Any, server: Any, intake: Intake) -> None:
-        super().__init__(cfg, sock, client, server)
-        self.intake = intake
-        self.spare = False      # past the bound: for those who watch and manage
-
-
 @contextlib.contextmanager
 def to_be_tried_again() -> Iterator[None]:
     """A worker that the system grants no thread leaves: the master makes another one, which may have more luck.
@@ -110,31 +89,6 @@ def to_be_tried_again() -> Iterator[None]:
         log.error("the daemon cannot start now: %s (ulimit -u, pids.max, memory); trying again", error)
         time.sleep(TRY_AGAIN_S)
         sys.exit(TRY_AGAIN)
-
-
-class OneWrite(wsgi.Response):
-    """Writes the head together with the body's first piece."""
-
-    headers_sent: bool
-    _head = b""
-
-    def send_headers(self) -> None:
-        if not self.headers_sent:
-            lines = [*self.default_headers(), *(f"{name}: {value}\r\n" for name, value in self.headers), "\r\n"]
-            self._head = "".join(lines).encode("latin-1")
-            self.headers_sent = True
-
-    def _emit_body(self, data: bytes) -> None:
-        self._write(b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data)
-
-    def close(self) -> None:
-        self.send_headers()
-        self._write(b"0\r\n\r\n" if self.chunked else b"")
-
-    def _write(self, data: bytes) -> None:
-        head, self._head = self._head, b""
-        if head or data:
-            self.sock.sendall(head + data if head else data)
 
 
 class Worker(ThreadWorker):
@@ -421,7 +375,7 @@ class Worker(ThreadWorker):
     def _serve(self, conn: Connection) -> None:
         request_id.begin()
         taken = conn.intake.take()
-        if self._lanes.backlog() and _has_left(conn.sock):      # it has waited for a thread, and others do
+        if self._lanes.backlog() and has_left(conn.sock):      # it has waited for a thread, and others do
             self._buffers.done(taken)
             self._close(conn)
             return
@@ -464,7 +418,7 @@ class Worker(ThreadWorker):
             if error.errno not in CLIENT_GONE and not isinstance(error, TimeoutError):
                 log.exception("a connection failed")
             if request is not None and request.version < (1, 1):
-                _reset(conn.sock)
+                reset(conn.sock)
             return False
         except Exception as error:
             self.handle_error(request, conn.sock, conn.client, error)
@@ -527,22 +481,3 @@ class Worker(ThreadWorker):
                 if parked.on_readable == self._receive:     # its thread did not know yet
                     self._unpark(parked.connection)
                     self._close(parked.connection)
-
-
-def _has_left(client: socket.socket) -> bool:
-    """Whether the client has ended its side; what it has sent beyond its request stays."""
-    try:
-        return client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-
-
-def _reset(client: socket.socket) -> None:
-    """Close so that it shows: to HTTP/1.0 the plain end of a connection is the good end of a body."""
-    with contextlib.suppress(OSError):
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        client.close()
-
-
