@@ -116,10 +116,14 @@ if command -v tmux >/dev/null; then
 else
     step "top: left out, tmux is not installed (apt install tmux)"
 fi
-if [[ -d web/dashboard ]]; then
-    expect page 0 '<(!doctype )?html' curl -fsS "$VLLM_SERVER_URL/"
+expect page 0 '<!doctype html>' curl -fsS "$VLLM_SERVER_URL/"
+chromium=$(command -v chromium || command -v chromium-browser || command -v google-chrome || true)
+if [[ -n $chromium ]]; then
+    expect page-picture 0 'bytes written to file' timeout 300 "$chromium" --headless --no-sandbox --disable-gpu \
+        --window-size=1280,900 --timeout=8000 --user-data-dir="$folder/chromium" \
+        --screenshot="$shown/page.png" "$VLLM_SERVER_URL/"
 else
-    step "page: left out, this version has none"
+    step "page-picture: left out, chromium is not installed (apt install chromium)"
 fi
 
 expect sleep 0 'asleep|sleeping' "$vllm_server" sleep demo
