@@ -48,6 +48,7 @@ RECEIVE_BYTES = 1 << 16
 REQUEST_IDLE_S = 60.0       # for a request's head, and between two pieces of its body
 SEND_TIMEOUT_S = 60.0       # a client that takes nothing for so long is gone
 LINGER_S = 2.0
+SWITCH_S = 0.0005           # a request waits for the interpreter's lock after every system call; 5 ms at a time are too many
 REFUSED_S = 1.0             # without a free descriptor, clients wait in the backlog for so long before the next look
 LINGER_BYTES = 1 << 20
 OUT_OF_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
@@ -171,6 +172,7 @@ class Worker(ThreadWorker):
         except Exception:
             log.critical("the daemon cannot start", exc_info=True)
             sys.exit(Arbiter.WORKER_BOOT_ERROR)     # the master ends too, instead of trying for ever
+        sys.setswitchinterval(SWITCH_S)
         # A full collection would walk through all that the program is made of: 30 ms in which no request moves.
         gc.freeze()
         self.poller.register(self.method_queue.fileno(), selectors.EVENT_READ, self.method_queue.run_callbacks)
