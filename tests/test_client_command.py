@@ -115,6 +115,13 @@ def test_load_shows_a_bar_on_a_terminal(daemon: Daemon) -> None:
     assert "ready" in terminal.text
 
 
+def test_load_tells_how_long_it_takes_as_a_rule(daemon: Daemon) -> None:
+    daemon.remove(daemon.create("org/known", sim={"start_s": 1})["id"])
+    with OnTerminal(daemon, "load", "org/known", *sim(start_s=1), columns=120) as terminal:
+        assert terminal.wait() == 0
+    assert re.search(r"\d+ s of about \d+ s", terminal.text)
+
+
 def test_load_can_be_told_not_to_wait(daemon: Daemon) -> None:
     done = vllm_server(daemon, "load", "org/slow", "--no-wait", "--json", *sim(start_s=60))
     assert done.code == 0 and done.json["status"] == "starting" and done.err == ""
@@ -251,6 +258,13 @@ def test_no_server_is_told_with_its_address() -> None:
 def test_a_wrong_command_line_is_told(words: list[str]) -> None:
     done = vllm_server(None, *words)
     assert done.code == Exit.USAGE and done.err and done.out == ""
+
+
+def test_a_wrong_command_line_is_told_as_json_too() -> None:
+    done = vllm_server(None, "load", "--json")
+    assert done.code == Exit.USAGE and done.out == ""
+    assert done.error["code"] == "usage" and "MODEL" in done.error["message"]
+    assert vllm_server(None, "completion", "bash", "--json").json["shell"] == "bash"
 
 
 def test_unknown_models_and_instances_have_a_code_of_their_own(daemon: Daemon) -> None:

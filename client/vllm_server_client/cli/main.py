@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -38,7 +39,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     try:
         code = cli.main(argv, prog_name="vllm-server", complete_var=VARIABLE, standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        if "--json" in (sys.argv[1:] if argv is None else argv):
+            click.echo(json.dumps({"error": {"message": error.format_message(), "type": "client_error", "param": None,
+                                             "code": Exit.USAGE.name.lower()}}, ensure_ascii=False), err=True)
+        else:
+            error.show()
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
         code = Exit.INTERRUPTED

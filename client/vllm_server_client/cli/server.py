@@ -70,4 +70,9 @@ def completion(context: click.Context, shell: str | None) -> None:
     root = context.find_root()
     kind = get_completion_class(chosen)
     assert kind is not None
-    click.echo(kind(root.command, {}, "vllm-server", VARIABLE).source())
+    source = kind(root.command, {}, "vllm-server", VARIABLE).source()
+    terminal = context.ensure_object(Terminal)
+    if terminal.as_json:
+        terminal.print_json({"shell": chosen, "script": source})
+    else:
+        click.echo(source)
