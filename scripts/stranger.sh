@@ -118,10 +118,11 @@ else
 fi
 expect page 0 '<!doctype html>' curl -fsS "$VLLM_SERVER_URL/"
 chromium=$(command -v chromium || command -v chromium-browser || command -v google-chrome || true)
-if [[ -n $chromium ]]; then
-    expect page-picture 0 'bytes written to file' timeout 300 "$chromium" --headless --no-sandbox --disable-gpu \
-        --window-size=1280,900 --timeout=8000 --user-data-dir="$folder/chromium" \
-        --screenshot="$shown/page.png" "$VLLM_SERVER_URL/"
+if [[ -n $chromium ]]; then     # with eight seconds of the page's own time, until it has its figures
+    browse=(timeout 300 "$chromium" --headless --no-sandbox --disable-gpu --window-size=1280,900
+            --virtual-time-budget=8000 "--user-data-dir=$folder/chromium")
+    expect page-shows 0 '1 of 1 ready' "${browse[@]}" --dump-dom "$VLLM_SERVER_URL/"
+    expect page-picture 0 'bytes written to file' "${browse[@]}" "--screenshot=$shown/page.png" "$VLLM_SERVER_URL/"
 else
     step "page-picture: left out, chromium is not installed (apt install chromium)"
 fi

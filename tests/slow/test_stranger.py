@@ -6,12 +6,15 @@ import os
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from tests.daemon import CHECKOUT
 from tests.support import claim_ports
 
 GUARD_S = 1200      # two installs from PyPI among it
 
 
+@pytest.mark.timeout(GUARD_S + 60)
 def test_a_strangers_path_leads_from_a_clone_to_its_removal(tmp_path: Path) -> None:
     claim, base_port = claim_ports()
     with claim, open(tmp_path / "output", "wb") as output:
