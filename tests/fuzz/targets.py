@@ -130,7 +130,8 @@ def _same_model(large: bytes, small: bytes) -> None:
             found.append(requested_model.find("application/json", body).model)
         except BadRequest:
             found.append(None)
-    assert found[0] == found[1], (found, small)
+    # what stands in a long string is not looked at in a large body: where that is no JSON, the engine says so
+    assert found[0] == found[1] or (found[1] is None and len(small) > requested_model.LONG_BYTES), found
 
 
 def _path(data: bytes) -> None:
