@@ -183,7 +183,7 @@ class Launcher:
             with open_log(spec.log_path) as output:
                 child = _run(spec, output, run_dir)
         except BaseException:
-            remove_run_dir(run_dir)
+            _remove_empty(run_dir)
             raise
         try:
             leader = processes.read_process(child.pid)
@@ -192,7 +192,7 @@ class Launcher:
         except BaseException:       # nobody would know of it
             child.kill()
             child.wait()
-            remove_run_dir(run_dir)
+            _remove_empty(run_dir)
             raise
         return Engine(instance_id=spec.instance_id, record=record, log_path=spec.log_path, child=child)
 
@@ -263,6 +263,12 @@ def is_named(pid: int, instance_id: str) -> bool:
 def has_title(pid: int, instance_id: str) -> bool:
     """Whether it is called `<id>::EngineCore` or the like."""
     return processes.command_line(pid).startswith(f"{instance_id}::")
+
+
+def _remove_empty(run_dir: str) -> None:
+    """That of an engine that was not started: it needs no descriptor, which may be what is missing."""
+    with contextlib.suppress(OSError):
+        Path(run_dir).rmdir()
 
 
 def remove_run_dir(path: str) -> None:

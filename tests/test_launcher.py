@@ -397,13 +397,15 @@ def test_a_folder_that_cannot_be_removed_now_is_not_forgotten(tmp_path: Path, mo
 
 def test_what_cannot_be_written_down_does_not_run(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last descriptor may go between the start and the look at what was started."""
-    def blind(pid: int) -> None:
-        started.append(pid)
+    def blind(pid: int | str) -> None:
+        if isinstance(pid, int):
+            started.append(pid)
         raise OSError(errno.EMFILE, "Too many open files")
 
     started: list[int] = []
     with monkeypatch.context() as patch:
         patch.setattr(processes, "read_process", blind)
+        patch.setattr(os, "scandir", blind)
         with pytest.raises(OSError, match="Too many open files"):
             tree.launcher.launch(tree.spec("plain"))
     assert len(started) == 1 and not processes.session_members(started[0])

@@ -204,11 +204,32 @@ static void note_overcommitted(const Device *device) {
 
 static struct timespec last;
 
+/* A driver has its devices open; this one reads files, and keeps descriptors for it while its process has none left. */
+static int spares[3] = {-1, -1, -1};
+
+static int take_spares(void) {
+    int all = 1;
+    for (int n = 0; n < 3; n++) {
+        if (spares[n] < 0) spares[n] = open("/dev/null", O_RDONLY | O_CLOEXEC);
+        all &= spares[n] >= 0;
+    }
+    return all;
+}
+
+static void free_spares(void) {
+    for (int n = 0; n < 3; n++) {
+        if (spares[n] >= 0) close(spares[n]);
+        spares[n] = -1;
+    }
+}
+
 static void look(void) {    /* at most every 2 ms, for one reading asks many questions: the first is how many there are */
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     long passed_us = (now.tv_sec - last.tv_sec) * 1000000 + (now.tv_nsec - last.tv_nsec) / 1000;
     if (last.tv_sec && passed_us < 2000) return;
+    if (!take_spares()) return;     /* what was seen last is told again */
+    free_spares();
     char path[4096];
     snprintf(path, sizeof path, "%s/lock", folder());
     int held = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
@@ -217,6 +238,7 @@ static void look(void) {    /* at most every 2 ms, for one reading asks many que
     read_devices();
     read_holdings();
     if (held >= 0) close(held);
+    take_spares();
     clock_gettime(CLOCK_MONOTONIC, &last);
     for (int n = 0; n < holding_count; n++) {
         /* one that ended while the folder was read may stand there twice: it counts once */
