@@ -76,6 +76,15 @@ class Service:
     waiting: Callable[[], int]
 
 
+def leave_without_memory(unraisable: Any) -> None:
+    """A thread that dies for want of memory before its first line leaves whoever started it waiting for ever: the
+    worker ends, and the master makes another one, which finds the engines by their records."""
+    if unraisable.exc_type is MemoryError and "thread" in (unraisable.err_msg or ""):
+        os.write(2, b"vllm-server: no memory is left for a thread; the worker ends, and another one is started\n")
+        os._exit(TRY_AGAIN)
+    sys.__unraisablehook__(unraisable)
+
+
 @contextlib.contextmanager
 def to_be_tried_again() -> Iterator[None]:
     """A worker that the system grants no thread leaves: the master makes another one, which may have more luck.
@@ -123,6 +132,7 @@ class Worker(ThreadWorker):
     def init_process(self) -> None:
         # Each of the thirty settings that a request reads would be two calls, a tenth of what the request costs.
         self.cfg.__dict__.update({name: setting.get() for name, setting in self.cfg.settings.items()})
+        sys.unraisablehook = leave_without_memory
         super().init_process()
 
     def init_signals(self) -> None:
