@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -163,6 +164,7 @@ def _chosen(only: list[str] | None) -> list[Scenario]:
 
 def main() -> int:
     settings = _settings()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))    # what it started ends with it
     raise_file_limit()
     build()
     wanted = settings.against or (set().union(*targets.needed().values()) if settings.targets else KINDS)
