@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -32,6 +33,7 @@ def main() -> int:
     parser.add_argument("--kinds", help="only these kinds of faults, separated by commas")
     parser.add_argument("--go-on", action="store_true", help="after an invariant broke, too")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))       # and nothing is left behind
     if COMPILER is None:
         sys.exit(f"chaos: {NO_COMPILER}")
     kinds = arguments.kinds.split(",") if arguments.kinds else list(FAULTS)
