@@ -35,8 +35,10 @@ def check(method: str, target: str, status: int, headers: Mapping[str, str], bod
         assert "default" in answers, f"{where} does not have that: {body[:500]!r}"
         return
     content = _resolved(answers[str(status)]).get("content")
+    if content is None or method == "HEAD":
+        return
     ours = "default" not in answers or (status >= 400 and _is_envelope(headers, body))
-    if content is None or method == "HEAD" or not (ours or engine):
+    if not (ours or engine):
         return
     if status >= 400:
         content = {"application/json": {}}          # nothing else is ours

@@ -153,7 +153,7 @@ def test_a_client_that_left_gets_nothing(client: FlaskClient, manager: FakeManag
     assert (answer.status_code, answer.data, caplog.text) == (499, b"", "")
 
 
-@pytest.mark.parametrize("path", ["/nothing", "/v1", "/v1/", "/v1/nothing", "//instances", "/v1//chat/completions",
+@pytest.mark.parametrize("path", ["/nothing", "/v1", "/v1/", "/v1/nothing", "/v1//models", "/v1//chat/completions",
                                   "/static/x", "/favicon.ico", "/instancesx", "/%00", "/%ff"])
 def test_unknown_routes(client: FlaskClient, path: str) -> None:
     answer = client.open(path)

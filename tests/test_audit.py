@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from flask import Flask, Response, jsonify, request
 
+from routing import request_id
 from tests.daemon import Daemon
 from web import audit
 from web.audit import AuditLog
@@ -21,7 +22,7 @@ def entries(path: Path) -> list[dict[str, Any]]:
 
 def note(log: AuditLog, method: str, path: str, response: Response | None = None, **headers: str) -> None:
     with Flask("test").test_request_context(path, method=method, headers=headers,
-                                            environ_base={"REMOTE_ADDR": "127.0.0.1"}):
+                                            environ_base={"REMOTE_ADDR": "127.0.0.1"}), request_id.of("r-1"):
         log.note(request, response or jsonify())
 
 
@@ -33,7 +34,7 @@ def test_calls_that_change_something_are_kept_and_looks_are_not(tmp_path: Path) 
     log.close()
     (only,) = entries(tmp_path / "audit.log")
     assert only == {"at": 12.5, "who": "a wrong key", "from": "127.0.0.1", "method": "POST", "path": "/instances",
-                    "id": None, "model": None, "status": 200, "code": None, "request_id": ""}
+                    "id": None, "model": None, "status": 200, "code": None, "request_id": "r-1"}
     assert log.last(10) == [only] and "sk-secret" not in (tmp_path / "audit.log").read_text()
     assert stat.S_IMODE((tmp_path / "audit.log").stat().st_mode) == 0o600
 

@@ -32,7 +32,7 @@ def unchanged(daemon: Daemon) -> Iterator[None]:
 
 
 def stable(instance: dict[str, object]) -> dict[str, object]:
-    return {name: value for name, value in instance.items() if name not in ("last_used", "memory", "load")}
+    return {name: value for name, value in instance.items() if name not in ("last_used", "elapsed", "memory", "load")}
 
 
 @dataclass(frozen=True)
