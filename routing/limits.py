@@ -24,6 +24,7 @@ from routing.relay import TakenOver
 CALLER = "vllm_server.caller"      # in a request's environ: its Key, or None
 WINDOW_S = 60
 USAGE_BYTES = 4096      # of the end of an answer, where its usage stands
+JUST_ENDED_S = 0.1      # a client may have its answer's end, and ask again, before its place has been given back here
 _USAGE = b'"usage"'
 
 
@@ -84,17 +85,21 @@ class Limits:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()      # of everything below; told of each place that is given back
         self._requests: dict[str, Window] = {}
         self._tokens: dict[str, Window] = {}
         self._running: dict[str, int] = {}
 
     def enter(self, key: Key | None) -> Admission:
-        """Raises RateLimited, with the seconds after which it makes sense to ask again."""
+        """Raises RateLimited, with the seconds after which it makes sense to ask again.
+
+        Blocks for up to JUST_ENDED_S where the key has as many requests as it may: one of them may have ended.
+        """
         if key is None or key.requests_per_minute is key.tokens_per_minute is key.concurrent_requests is None:
             return FREE
-        now = self._clock()
         with self._lock:
+            self._lock.wait_for(lambda: not self._is_full(key), JUST_ENDED_S)
+            now = self._clock()
             self._check(key, now)
             if key.requests_per_minute is not None:
                 self._requests.setdefault(key.name, Window()).add(now, 1)
@@ -114,13 +119,16 @@ class Limits:
             if limit is not None and window is not None and (wait_s := window.wait_s(now, limit)):
                 raise RateLimited(f"the key {key.name} has used its {limit} {what} of this minute; ask again in "
                                   f"{wait_s} s", retry_after_s=wait_s)
-        most = key.concurrent_requests
-        if most is not None and self._running.get(key.name, 0) >= most:
-            raise RateLimited(f"the key {key.name} may have {most} requests at one time, and has; wait for one to end",
-                              retry_after_s=1)
+        if self._is_full(key):
+            raise RateLimited(f"the key {key.name} may have {key.concurrent_requests} requests at one time, and has; "
+                              "wait for one to end", retry_after_s=1)
+
+    def _is_full(self, key: Key) -> bool:
+        return key.concurrent_requests is not None and self._running.get(key.name, 0) >= key.concurrent_requests
 
     def _leave(self, key: Key) -> None:
         with self._lock:
+            self._lock.notify_all()
             left = self._running.get(key.name, 0) - 1
             if left > 0:
                 self._running[key.name] = left

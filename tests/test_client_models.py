@@ -160,7 +160,7 @@ def test_a_stream_waits_for_its_model_past_the_comments(tmp_path: Path, kind: An
         daemon.create("org/slow", sim={"start_s": 1}, wait=False)
         messages = [{"role": "user", "content": "Hello"}]
         assert "simulated" in "".join(sdk.chat_completion_stream("org/slow", messages))
-        daemon.create("org/bad", sim={"start_s": 60, "fail": "no_weights", "fail_after_s": 1}, wait=False)
+        daemon.create("org/bad", sim={"start_s": 5, "fail": "no_weights"}, wait=False)
         with pytest.raises(ServerError) as caught:
             list(sdk.chat_completion_stream("org/bad", messages))
         assert (caught.value.code, caught.value.status) == ("no_weights", None)

@@ -46,7 +46,8 @@ def stream(daemon: Daemon, name: str, tokens: int) -> Iterator[http.client.HTTPR
     try:
         connection.request("POST", "/v1/chat/completions", json.dumps(body),
                            {"Content-Type": "application/json", **key(name)})
-        yield connection.getresponse()
+        with connection.getresponse() as answer:    # which keeps the socket where the connection ends with it
+            yield answer
     finally:
         connection.close()
 

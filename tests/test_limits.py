@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from configuration.keys import Key
 from errors import Forbidden, RateLimited
 from routing.limits import WINDOW_S, Limits, check_model, reported_tokens
+from tests.support import wait_until
 
 
 class Clock:
@@ -69,6 +71,17 @@ def test_requests_at_one_time() -> None:
     second.leave()
     third.leave()
     assert limits._running == {}
+
+
+def test_who_asks_again_before_its_place_is_back_waits_a_moment_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("routing.limits.JUST_ENDED_S", 120)
+    limits, key = Limits(), Key("a", b"", concurrent_requests=1)
+    first = limits.enter(key)
+    with ThreadPoolExecutor(1) as other:
+        second = other.submit(limits.enter, key)
+        wait_until(lambda: limits._lock._waiters)
+        first.leave()
+        second.result().leave()
 
 
 def test_a_place_comes_back_once_however_many_threads_give_it() -> None:

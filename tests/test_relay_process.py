@@ -41,7 +41,7 @@ class Running:
     def __init__(self, processes: int = 1) -> None:
         self.sockets = Sockets()
         self.ends: list[Ended] = []
-        self.relays = Relays(processes)
+        self.relays = Relays(processes, wait_s=60)      # for a process on a busy machine
         self.relays.start()
 
     def open(self, framing: Framing = CHUNKED, to_client: bytes = HEAD, body_at: int | None = None, *,

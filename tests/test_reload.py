@@ -104,7 +104,7 @@ def test_a_changed_file_is_in_force_without_a_word(daemon: Daemon) -> None:
     assert state(daemon) == {"file": "config.yaml", "error": None}
     write(daemon, CLOSED)
     wait_until(lambda: not is_open(daemon))
-    assert "settings reloaded; changed: " in daemon.log
+    wait_until(lambda: "settings reloaded; changed: " in daemon.log)     # said when all of it is in force
     write(daemon, OPEN)
     wait_until(lambda: is_open(daemon))
 
