@@ -60,6 +60,6 @@ class Loop:
                 else:
                     log.exception("a tick of %s failed; it goes on", self._thread.name)
                 wait_s = max(self._interval_s, AFTER_ERROR_S)
-            if wait_s is False:
+            if wait_s is False or self._stopped:    # the stop may have come just before `clear`
                 return
             self._woken.wait(self._interval_s if wait_s is None or wait_s is True else wait_s)

@@ -31,6 +31,7 @@ log = logging.getLogger("vllm_server.http")
 
 HURRIED_S = 30.0    # what a hurried worker gets to kill its engines
 MARGIN_S = 30.0     # what a graceful one gets on top of the sum of its deadlines
+TELL_AGAIN_S = 1.0  # a worker that was just forked has its parent's handlers for a moment: what it is told then is lost
 BOUND_S = 120     # a worker whose main loop stands still for so long is restarted
 VANISHED_S = 60     # of silence before a client's host is asked whether it is still there
 ACCESS_LINE = f'%(h)s %(l)s %(u)s %(t)s "%(r)s" %(s)s %(b)s "%(f)s" "%(a)s" %({{{request_id.HEADER.lower()}}}o)s'
@@ -96,17 +97,16 @@ class Master(Arbiter):
         self._notifier.stopping(self.cfg.graceful_timeout + HURRIED_S)
         sock.close_sockets(self.LISTENERS, not self.systemd)
         self.LISTENERS: list[Any] = []
-        limit = time.monotonic() + self.cfg.graceful_timeout
-        self.kill_workers(signal.SIGTERM)
-        hurried = False
-        while self.WORKERS and time.monotonic() < limit:
+        order, tell_at, limit = signal.SIGTERM, 0.0, time.monotonic() + self.cfg.graceful_timeout
+        while self.WORKERS and (now := time.monotonic()) < limit:
+            if now >= tell_at:
+                tell_at = now + TELL_AGAIN_S
+                self.kill_workers(order)
             with contextlib.suppress(queue.Empty):
                 pending = self.SIG_QUEUE.get(timeout=0.1)
-                if pending in (signal.SIGINT, signal.SIGQUIT) and not hurried:
-                    hurried = True
+                if pending in (signal.SIGINT, signal.SIGQUIT) and order is signal.SIGTERM:
                     log.warning("hurried: instances are killed now")
-                    self.kill_workers(signal.SIGQUIT)
-                    limit = time.monotonic() + HURRIED_S
+                    order, tell_at, limit = signal.SIGQUIT, 0.0, time.monotonic() + HURRIED_S
             self.reap_workers()
         self.kill_workers(signal.SIGKILL)
         self.reap_workers()
