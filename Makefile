@@ -10,7 +10,7 @@ RANDOM_CASES := tests/test_relay_loop.py tests/test_response_head.py tests/test_
 	tests/test_fuzz.py
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo test check e2e browser chaos slow fuzz bench clean
+.PHONY: help run demo test whole check e2e browser chaos slow fuzz bench clean
 
 help:           ## this list
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {sub(/:.*/, "", $$1); printf "make %-7s %s\n", $$1, $$2}' Makefile
@@ -21,8 +21,11 @@ run: .venv/run.stamp            ## find or install vLLM, start the daemon, load 
 demo: .venv/run.stamp           ## the same with a simulated engine: up in seconds, no vLLM, no model
 	@$(PY) -m scripts.run --demo
 
-test: check                     ## lint, types and the tests that need no engine (under two minutes)
-	$(PYTEST) $(SIDE_BY_SIDE)
+test: check                     ## lint, types, and the tests that need neither an engine nor much time (under two minutes)
+	$(PYTEST) $(SIDE_BY_SIDE) -m "not whole"
+
+whole: .venv/dev.stamp          ## whole daemons and the programs around them, with simulated engines
+	$(PYTEST) $(SIDE_BY_SIDE) -m whole
 
 check: .venv/dev.stamp          ## ruff, mypy, who may import whom, risky calls, secrets, packages with known holes
 	$(PY) -m ruff check .

@@ -25,6 +25,8 @@ from vllm_server_client.cli import checks, home
 from vllm_server_client.cli.checks import Finding, Verdict
 from vllm_server_client.cli.exits import Exit
 
+pytestmark = pytest.mark.whole
+
 
 @pytest.fixture
 def env(tmp_path: Path) -> dict[str, str]:

@@ -17,6 +17,8 @@ from tests.tmux import Tmux, needs_tmux
 from vllm_server_client import Conflict, NotFound, ServerError
 from vllm_server_client.cli.exits import Exit
 
+pytestmark = pytest.mark.whole
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:

@@ -16,6 +16,8 @@ from tests.support import wait_until
 from vllm_server_client.cli import stats, words
 from vllm_server_client.cli.exits import Exit
 
+pytestmark = pytest.mark.whole
+
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:

@@ -18,6 +18,8 @@ from vllm_server_client.cli.exits import Exit
 from vllm_server_client.top import drawing, snapshot
 from vllm_server_client.top.snapshot import Snapshot
 
+pytestmark = pytest.mark.whole
+
 GIB = 1 << 30
 HEALTH: Any = {"status": "ok", "instances": 1, "ready": 1, "vllm_processes": 1, "version": "0.1.0",
                "simulated": False, "config": {"file": None, "error": None}}

@@ -12,7 +12,7 @@ from instances import processes
 from tests.gpu_box import GIB, RESERVED_BYTES, GpuBox, NoMemory, needs_compiler
 from tests.support import wait_until
 
-pytestmark = needs_compiler
+pytestmark = [needs_compiler, pytest.mark.whole]
 
 HALF = {"gpu_memory_utilization": 0.5}
 

@@ -15,6 +15,8 @@ from tests.support import wait_until
 from tests.test_metrics import value
 from tests.test_on_demand import configure, entry
 
+pytestmark = pytest.mark.whole
+
 QUICK = {"app.SCALE_S": 0.1, "routing.checker.SCRAPE_S": 0.2, "routing.checker.LOOK_S": 0.1}
 BODY = {"model": "m", "prompt": "x", "max_tokens": 20}
 

@@ -15,6 +15,8 @@ import pytest
 from tests.daemon import Daemon, events
 from tests.support import wait_until
 
+pytestmark = pytest.mark.whole
+
 MESSAGES = [{"role": "user", "content": "hello there"}]
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": MESSAGES}, "/v1/completions": {"prompt": "x"},

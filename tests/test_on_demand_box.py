@@ -14,7 +14,7 @@ from tests.gpu_box import GIB, GpuBox, NoMemory, needs_compiler
 from tests.support import wait_until
 from tests.traffic import Ask, problems, run_clients
 
-pytestmark = needs_compiler
+pytestmark = [needs_compiler, pytest.mark.whole]
 
 SOON = {"instances.rooms.HOPELESS_S": 0.5, "instances.demand.NO_ROOM_FOR_S": 0.5,
         "instances.tenancy.MEMORY_WAIT_S": 2.0}

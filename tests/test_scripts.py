@@ -18,6 +18,8 @@ from tests.daemon import CHECKOUT, HANG_S
 from tests.demo_run import DemoRun, shell
 from tests.support import wait_until
 
+pytestmark = pytest.mark.whole
+
 # --- make run, make demo ---------------------------------------------------------------------------------------------
 
 def test_a_demo_answers_its_lines_work_and_ctrl_c_ends_it_once(tmp_path: Path) -> None:
@@ -237,8 +239,8 @@ def ci(folder: Path, failing: str = "-", minutes: int = 60, chromium: str = "tru
 def test_the_whole_check_runs_everything_in_order(tmp_path: Path) -> None:
     code, calls, last = ci(tmp_path)
     assert (code, [one.partition(" SEED=")[0] for one in calls]) == (0, [
-        "make test", "make browser", "python scripts/setup_engine.py", "make e2e", "make chaos", "make chaos",
-        "make slow"])
+        "make test", "make whole", "make browser", "python scripts/setup_engine.py", "make e2e", "make chaos",
+        "make chaos", "make slow"])
     assert last.startswith("--- all passed")
 
 

@@ -29,6 +29,8 @@ from tests.simulator_harness import Simulator
 from tests.support import can_bind_plainly, claim_ports, wait_until
 from tests.test_docs import routes
 
+pytestmark = pytest.mark.whole
+
 ELSEWHERE = {
     "pip install -r requirements.txt": "a test installs nothing; what the file lists is what this test runs with",
     "git clone": "the checkout is what one has after it",

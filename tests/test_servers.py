@@ -18,6 +18,8 @@ from tests.stub_server import StubServer
 from tests.support import wait_until
 from tests.test_tls import certificate
 
+pytestmark = pytest.mark.whole
+
 __all__ = ["certificate"]     # a fixture
 
 ASK = {"model": "m", "prompt": "x"}

@@ -20,6 +20,8 @@ from scripts import pid_file, service
 from tests.checkout import Checkout
 from tests.daemon import CHECKOUT, HANG_S
 
+pytestmark = pytest.mark.whole
+
 SCRIPTS = ("start", "stop", "restart", "status")
 
 

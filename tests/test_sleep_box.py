@@ -7,11 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.daemon import Answer, events
 from tests.gpu_box import GIB, GpuBox, needs_compiler
 from tests.support import wait_until
 
-pytestmark = needs_compiler
+pytestmark = [needs_compiler, pytest.mark.whole]
 
 LARGE: Mapping[str, Any] = {"params": {"gpu_memory_utilization": 0.9}}
 FAST = {"instances.settling.STILL_S": 0.2}
