@@ -173,8 +173,9 @@ def test_a_retry_is_counted_with_its_reason(daemon: Daemon, server: StubServer) 
 
 def test_load_stats_tell_of_each_backend_and_all_together(daemon: Daemon, instance: dict[str, Any],
                                                           server: StubServer) -> None:
-    wait_until(lambda: {one["id"]: one["running"] for one in daemon.get("/load-stats").json["servers"]}
-                       == {instance["id"]: 0, f"127.0.0.1:{server.port}": 3})
+    wait_until(lambda: {one["id"]: (one["running"], one["capacity"])
+                        for one in daemon.get("/load-stats").json["servers"]}
+                       == {instance["id"]: (0, 8), f"127.0.0.1:{server.port}": (3, 8)})
     found = daemon.get("/load-stats").json
     here, there = sorted(found["servers"], key=lambda one: str(one["kind"]))
     unknown = dict.fromkeys(("prompt_tokens_per_s", "requests_per_s", "tokens_per_s", "ttft_s"))
