@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,10 @@ settings.register_profile("ci", settings.get_profile("default"), max_examples=10
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 # its folder in the checkout would make pytest warn, and a warning is an error
 configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir()) / f"vllm-server-hypothesis-{os.getuid()}")
+
+# a shell that starts this in the background lets it ignore Ctrl-C, and every program that a test sends one with it
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
