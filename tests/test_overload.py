@@ -14,6 +14,7 @@ from tests.daemon import Answer, Daemon
 from tests.exchanges import Reader, connect, exchange, parse
 from tests.relay_harness import read_all
 from tests.support import wait_until
+from web.worker import Worker
 
 CONNECTIONS = 40
 THREADS = 20
@@ -128,3 +129,12 @@ def test_bodies_take_no_more_memory_than_they_may(daemon: Daemon) -> None:
 def answered(client: socket.socket) -> bool:
     """Whether the daemon says something to it without having its body."""
     return bool(select.select([client], [], [], 1.0)[0])
+
+
+def test_a_connection_that_made_room_may_have_an_event_left() -> None:
+    """Both came with one look: a client that needs room, and a word of the idle one that goes for it."""
+    worker = Worker.__new__(Worker)
+    worker._parked = {}
+    ours, client = socket.socketpair()
+    with ours, client:
+        worker._wake_parked(ours)

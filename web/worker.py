@@ -318,8 +318,8 @@ class Worker(ThreadWorker):
         self.poller.register(connection.sock, selectors.EVENT_READ, self._wake_parked)
 
     def _wake_parked(self, sock: socket.socket) -> None:
-        parked = self._parked[sock]
-        parked.on_readable(parked.connection, parked)
+        if (parked := self._parked.get(sock)) is not None:  # else one before it in this round closed it for room
+            parked.on_readable(parked.connection, parked)
 
     def _unpark(self, connection: Connection) -> None:
         self.poller.unregister(connection.sock)
