@@ -24,6 +24,7 @@ HOPELESS_S = 5.0        # memory that a driver frees late looks like a stranger'
 OUT_OF_MEMORY = frozenset({"gpu_memory_in_use", "out_of_memory", "kv_cache_too_small"})
 """Causes of a failed start that more room, or a smaller KV cache, may heal."""
 DISTURBED = "memory_profiling_failed"
+SHARE = "gpu_memory_utilization"
 """That others gave back memory while it measured: it has only to be begun anew."""
 ROBBED_ALLOWED = 3      # starts that strangers spoil before they count as failures, with their pauses
 
@@ -152,12 +153,17 @@ class Rooms(Registry):
                 instance.asleep_on, instance.host_bytes = asleep_on, host_bytes
 
     def start_failed(self, instance: Instance, problem: Problem, fixed: Collection[str]) -> None:
-        """One that ran out of memory tries once more; `fixed` are flags that the user has set."""
+        """One that ran out of memory tries once more; `fixed` are flags that the user has set.
+
+        Where the KV cache is too small, that helps if the log suggests what would fit, or has nothing to suggest since
+        the weights alone fill what there is: that was planned too small, or a stranger came, unless the user said it.
+        """
         with self._changed:
             suggested = {name: value for name, value in (problem.suggestion or {}).items() if name not in fixed}
             disturbed = problem.code == DISTURBED and instance.robbed < ROBBED_ALLOWED
             again = disturbed or (problem.code in OUT_OF_MEMORY and instance.squeeze is None and (
-                problem.code != "kv_cache_too_small" or suggested))
+                problem.code != "kv_cache_too_small" or suggested
+                or (problem.suggestion is None and SHARE not in fixed)))
             if not again or instance.state is not State.STARTING:
                 self._record_problem(instance, problem)
                 return

@@ -373,6 +373,7 @@ OOM = "torch.OutOfMemoryError: CUDA out of memory.\n"
 TOO_SMALL = ("ValueError: To serve at least one request with the model's max seq len (8192), (1.00 GiB KV cache is "
              "needed, which is larger than the available KV cache memory (0.50 GiB). Based on the available memory, "
              "the estimated maximum model length is 4096.\n")
+NOTHING_LEFT = "ValueError: No available memory for the cache blocks. Try increasing `gpu_memory_utilization`.\n"
 IN_USE = ("ValueError: Free memory on device cuda:0 (40.0/80.0 GiB) on startup is less than desired GPU memory "
           "utilization (0.9, 72.0 GiB).\n")
 
@@ -406,6 +407,23 @@ def test_one_without_room_for_more_keeps_to_what_fits(tmp_path: Path, monkeypatc
         assert world.view(a).spec.flags.get("max_model_len") is None
         world.engine(a).dies(1, TOO_SMALL)
         world.step(0.1)
+        assert world.view(a).state is State.FAILED
+
+
+@pytest.mark.parametrize(("params", "starts"), [({}, 2), ({"gpu_memory_utilization": 0.5}, 1)])
+def test_weights_that_leave_nothing_get_more_once_unless_the_user_has_said_how_much(
+        tmp_path: Path, monkeypatch: Patch, params: dict[str, float], starts: int) -> None:
+    world = world_of(tmp_path, monkeypatch, {"a": {"memory_mb": 10 << 10, "params": params}})
+    a = world.demand("a")
+    with world.waiting("a"):
+        world.step(0.1)
+        world.engine(a).dies(1, NOTHING_LEFT)
+        world.step(0.1, times=10)
+        assert len(world.engines_of(a)) == starts
+        if starts == 2:
+            assert float(world.engine(a).flag("--gpu-memory-utilization")) > 0.9
+            world.engine(a).dies(1, NOTHING_LEFT)
+            world.step(0.1)
         assert world.view(a).state is State.FAILED
 
 

@@ -131,7 +131,7 @@ def judge(status: int, body: bytes, stream: bool) -> tuple[str, str]:
 
 def usage(daemon: Daemon) -> Usage:
     worker = psutil.Process(daemon.worker_pid)
-    relays = [child for child in worker.children() if "relay_child" in " ".join(child.cmdline())]
+    relays = [child for child in worker.children() if "relay_child" in processes.command_line(child.pid)]
     return Usage(threads=worker.num_threads(), descriptors=worker.num_fds() + sum(one.num_fds() for one in relays),
                  memory_bytes=sum(one.memory_info().rss for one in [worker, *relays]))
 
