@@ -23,6 +23,8 @@ from vllm_server_client.cli import find, models, words
 from vllm_server_client.cli.exits import MEANINGS, Exit, exit_code
 from vllm_server_client.cli.main import cli
 
+pytestmark = pytest.mark.whole
+
 ESCAPE = "\x1b["
 KEYS = {"API_KEYS": "user-key", "ADMIN_API_KEYS": "admin-key"}
 

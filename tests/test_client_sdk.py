@@ -25,6 +25,8 @@ from vllm_server_client import (
     StreamBroken,
 )
 
+pytestmark = pytest.mark.whole
+
 HELLO = [{"role": "user", "content": "Hello"}]
 KEYS = {"API_KEYS": "user-key", "ADMIN_API_KEYS": "admin-key"}
 

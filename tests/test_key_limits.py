@@ -12,6 +12,8 @@ import pytest
 from tests.daemon import Daemon
 from tests.support import wait_until
 
+pytestmark = pytest.mark.whole
+
 CONFIG = """
 proxy:
   keys:

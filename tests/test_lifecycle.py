@@ -19,6 +19,8 @@ from instances import processes
 from tests.daemon import Answer, Daemon, events
 from tests.support import wait_until
 
+pytestmark = pytest.mark.whole
+
 STREAM = {"prompt": "x", "stream": True}
 
 

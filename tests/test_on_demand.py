@@ -13,6 +13,8 @@ import pytest
 from tests.daemon import Answer, Daemon, with_knobs
 from tests.support import wait_until
 
+pytestmark = pytest.mark.whole
+
 MESSAGES = [{"role": "user", "content": "hello there"}]
 FAST = {"app.EVERY_S": 0.02}
 
