@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,8 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
+import requests
+
+from instances import processes
 from instances.launcher import Launcher
 from instances.store import StateDir
 from scripts import pid_file
@@ -93,3 +97,19 @@ class Checkout:
             out, err = process.communicate(timeout=HANG_S)
         assert "Traceback" not in err, err
         return Ran(process.returncode, out, err)
+
+
+def url_of(said: str) -> str:
+    return re.search(r"http://[\w.]+:\d+", said)[0]  # type: ignore[index]
+
+
+def create(url: str) -> dict[str, Any]:
+    answer = requests.post(f"{url}/instances", json={"model_name": "m", "wait": True}, timeout=HANG_S)
+    assert answer.status_code == 201, answer.text
+    made: dict[str, Any] = answer.json()
+    return made
+
+
+def alive(pid: int) -> bool:
+    process = processes.read_process(pid)
+    return process is not None and not process.zombie

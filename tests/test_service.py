@@ -10,14 +10,12 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import requests
 
-from instances import processes
 from scripts import pid_file, service
-from tests.checkout import Checkout
+from tests.checkout import Checkout, alive, create, url_of
 from tests.daemon import CHECKOUT, HANG_S
 
 pytestmark = pytest.mark.whole
@@ -29,22 +27,6 @@ SCRIPTS = ("start", "stop", "restart", "status")
 def checkout(tmp_path: Path) -> Iterator[Checkout]:
     with Checkout(tmp_path) as made:
         yield made
-
-
-def url_of(said: str) -> str:
-    return re.search(r"http://[\w.]+:\d+", said)[0]  # type: ignore[index]
-
-
-def create(url: str) -> dict[str, Any]:
-    answer = requests.post(f"{url}/instances", json={"model_name": "m", "wait": True}, timeout=HANG_S)
-    assert answer.status_code == 201, answer.text
-    made: dict[str, Any] = answer.json()
-    return made
-
-
-def alive(pid: int) -> bool:
-    process = processes.read_process(pid)
-    return process is not None and not process.zombie
 
 
 def test_start_status_stop_each_twice(checkout: Checkout) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +11,7 @@ from typing import Any
 import pytest
 import requests
 
-from instances import processes
-from tests.checkout import Checkout
+from tests.checkout import Checkout, alive, create, url_of
 from tests.daemon import HANG_S, Daemon
 from tests.support import wait_until
 
@@ -24,22 +22,6 @@ SCRIPTS = ("start", "stop", "restart", "status")
 def checkout(tmp_path: Path) -> Iterator[Checkout]:
     with Checkout(tmp_path) as made:
         yield made
-
-
-def url_of(said: str) -> str:
-    return re.search(r"http://[\w.]+:\d+", said)[0]  # type: ignore[index]
-
-
-def create(url: str) -> dict[str, Any]:
-    answer = requests.post(f"{url}/instances", json={"model_name": "m", "wait": True}, timeout=HANG_S)
-    assert answer.status_code == 201, answer.text
-    made: dict[str, Any] = answer.json()
-    return made
-
-
-def alive(pid: int) -> bool:
-    process = processes.read_process(pid)
-    return process is not None and not process.zombie
 
 
 def test_two_starts_at_once_start_one(checkout: Checkout) -> None:
