@@ -5,7 +5,8 @@
 
 PY := .venv/bin/python
 PYTEST := $(PY) -m pytest
-SIDE_BY_SIDE := -n logical --maxprocesses 8 --dist worksteal
+# twice as many as there are processors: tests of daemons wait half of their time
+SIDE_BY_SIDE := -n $(shell echo $$(( 2 * $$(nproc) ))) --maxprocesses 8 --dist worksteal
 RANDOM_CASES := tests/test_relay_loop.py tests/test_response_head.py tests/test_framing.py tests/test_demand_histories.py \
 	tests/test_fuzz.py
 
@@ -28,10 +29,20 @@ whole: .venv/dev.stamp          ## whole daemons and the programs around them, w
 	$(PYTEST) $(SIDE_BY_SIDE) -m whole
 
 check: .venv/dev.stamp          ## ruff, mypy, who may import whom, risky calls, secrets, packages with known holes
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target lint types imports security
+
+.PHONY: lint types imports security     # the parts of check, side by side
+lint:
 	$(PY) -m ruff check .
+
+types:
 	$(PY) -m mypy
-	$(PY) -m scripts.check_security
+
+imports:
 	$(PYTEST) tests/test_imports.py
+
+security:
+	$(PY) -m scripts.check_security
 
 e2e: .venv/dev.stamp            ## the tests with real vLLM, which is installed when there is none
 	$(PY) scripts/setup_engine.py

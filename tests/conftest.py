@@ -17,7 +17,7 @@ pytest.register_assert_rewrite("tests.e2e.real_daemon", *(
     f"tests.{path.stem}" for path in Path(__file__).parent.glob("*.py") if path.stem != "conftest"))
 
 # no deadlines: the machine is shared, and a test that waits for a socket is not slow because of what it tests
-settings.register_profile("default", max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("default", max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", settings.get_profile("default"), max_examples=10_000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 # its folder in the checkout would make pytest warn, and a warning is an error

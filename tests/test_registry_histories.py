@@ -213,4 +213,4 @@ class Histories(RuleBasedStateMachine):
 
 
 TestHistories = Histories.TestCase
-TestHistories.settings = settings(max_examples=settings.default.max_examples // 8, stateful_step_count=40)
+TestHistories.settings = settings(max_examples=settings.default.max_examples // 3, stateful_step_count=40)
