@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import threading
-from types import SimpleNamespace
-
-import pytest
 
 from tests.support import wait_until
-from web import worker
 from web.threads import CORE, LOOK_S, Threads
 
 
@@ -104,19 +98,3 @@ def test_idle_threads_that_have_not_got_the_processor_yet_are_not_added_to() -> 
     blocked.threads.grow(1.0)
     assert blocked.threads.count <= max(before, CORE)
     end(blocked.threads)
-
-
-@pytest.mark.parametrize(("kind", "where", "ends"), [
-    (MemoryError, "Exception ignored in thread started by", True),
-    (MemoryError, "Exception ignored in", False), (ValueError, "Exception ignored in thread started by", False),
-    (MemoryError, None, False)])
-def test_a_thread_that_no_memory_is_left_for_ends_the_worker(
-        monkeypatch: pytest.MonkeyPatch, kind: type[BaseException], where: str | None, ends: bool) -> None:
-    """Python tells of it by this hook alone, and `Thread.start` would wait for ever."""
-    exits, told = list[int](), list[object]()
-    monkeypatch.setattr(os, "_exit", exits.append)
-    monkeypatch.setattr(sys, "__unraisablehook__", told.append)
-    unraisable = SimpleNamespace(exc_type=kind, err_msg=where)
-    worker.leave_without_memory(unraisable)
-    assert exits == ([worker.TRY_AGAIN] if ends else [])
-    assert ends or told == [unraisable]

@@ -24,8 +24,9 @@ from gunicorn.arbiter import Arbiter
 
 from config import Settings
 from routing import request_id
+from web.leaving import to_be_tried_again
 from web.notify import Notifier
-from web.worker import Service, Worker, Wsgi, to_be_tried_again
+from web.worker import Service, Worker, Wsgi
 
 log = logging.getLogger("vllm_server.http")
 

@@ -19,7 +19,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -36,6 +36,7 @@ from web import refusals
 from web.connection import CLIENT_GONE, Connection, OneWrite, Parked, has_left, reset
 from web.intake import CONTINUE, Buffers, Collected, Intake, Taken
 from web.lanes import Lanes, is_reserved
+from web.leaving import MemoryWatch, leave_without_memory, to_be_tried_again
 from web.threads import LOOK_S
 
 log = logging.getLogger("vllm_server.http")
@@ -54,8 +55,6 @@ LINGER_BYTES = 1 << 20
 OUT_OF_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 SPARE = 256                 # connections past the bound, for those who watch and manage; others are told 503 there
 SPARE_IDLE_S = 5.0          # what a client has for its head on one of these
-TRY_AGAIN = 1               # exit status of a worker that could not start now: neither of gunicorn's two for 'never'
-TRY_AGAIN_S = 1.0
 LOOKED_AT = 32              # parked connections, to find one that idles and can go for a new one
 
 
@@ -74,31 +73,6 @@ class Service:
     reload: Callable[[], None]
     streams: Callable[[], int]
     waiting: Callable[[], int]
-
-
-def leave_without_memory(unraisable: Any) -> None:
-    """A thread that dies for want of memory before its first line leaves whoever started it waiting for ever: the
-    worker ends, and the master makes another one, which finds the engines by their records."""
-    if unraisable.exc_type is MemoryError and "thread" in (unraisable.err_msg or ""):
-        os.write(2, b"vllm-server: no memory is left for a thread; the worker ends, and another one is started\n")
-        os._exit(TRY_AGAIN)
-    sys.__unraisablehook__(unraisable)
-
-
-@contextlib.contextmanager
-def to_be_tried_again() -> Iterator[None]:
-    """A worker that the system grants no thread leaves: the master makes another one, which may have more luck.
-
-    Its engines run on, and the next worker finds them by their records.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if "can't start new thread" not in str(error):
-            raise
-        log.error("the daemon cannot start now: %s (ulimit -u, pids.max, memory); trying again", error)
-        time.sleep(TRY_AGAIN_S)
-        sys.exit(TRY_AGAIN)
 
 
 class Worker(ThreadWorker):
@@ -178,6 +152,7 @@ class Worker(ThreadWorker):
     def run(self) -> None:
         try:
             with to_be_tried_again():
+                MemoryWatch().start()
                 self.service.start()
         except Exception:
             log.critical("the daemon cannot start", exc_info=True)

@@ -264,17 +264,13 @@ def few_descriptors(world: World, dice: random.Random) -> Generator[str, None, N
 
 @fault(Group.DAEMON, (0.5, 2.0), "connection", "engine", "disk", "processes")
 def memory_limit(world: World, dice: random.Random) -> Generator[str, None, None]:
-    """The worker gets hardly any memory more from the system (RLIMIT_AS): no thread in most cases.
-
-    With not one page left, Python cannot even call what ends the worker then (`leave_without_memory`): that is not
-    promised, and not struck here.
-    """
+    """The worker gets hardly any memory more from the system (RLIMIT_AS), or none: no thread in most cases."""
     pid = world.worker()
     if pid is None:
         yield SKIPPED
         return
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
-    left_mib = dice.choice([4, 8, 16])
+    left_mib = dice.choice([0, 0, 4, 16])
     with limited(pid, resource.RLIMIT_AS, pages * resource.getpagesize() + (left_mib << 20)):
         yield f"{left_mib} MiB more"
 
