@@ -67,6 +67,7 @@ class Settings:
     port: int
     debug: bool
     threads: int
+    one_core: bool
     keepalive_s: int
     max_connections: int
     backlog: int                             # requests that wait for a thread

@@ -145,6 +145,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(SERVER, "APP_DEBUG", "debug", "false", _boolean, "Log at level DEBUG, whatever LOG_LEVEL says"),
     Setting(SERVER, "APP_THREADS", "threads", "512", _COUNT,
             "Most requests handled at once, beside those that wait for a model"),
+    Setting(SERVER, "APP_ONE_CORE", "one_core", "true", _boolean,
+            "Run the daemon's own threads on one core, the least used; engines and relays run on all"),
     Setting(SERVER, "APP_KEEPALIVE", "keepalive_s", "75", _whole(0, _LONGEST_WAIT_S),
             "Seconds an idle client connection stays open"),
     Setting(SERVER, "APP_MAX_CONNECTIONS", "max_connections", "12000", _COUNT, "Most client connections at once"),

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from errors import ManagerError
-from instances import processes, sockets
+from instances import cores, processes, sockets
 from instances.log_file import open_log
 from instances.processes import Process
 
@@ -230,8 +230,9 @@ def _run(spec: LaunchSpec, output: int, run_dir: str) -> subprocess.Popen[bytes]
     # was set anew by then: the first is one that vLLM only reads.
     env = {**ours, **compile_cache(), **spec.env, **ours}
     try:
-        return subprocess.Popen(list(spec.argv), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                                env=env, start_new_session=True)
+        with cores.everywhere():
+            return subprocess.Popen(list(spec.argv), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                                    env=env, start_new_session=True)
     except OSError as error:
         what = f"the engine's command {spec.argv[0]!r} cannot be run: {error.strerror or error}"
         if error.errno in PASSING:

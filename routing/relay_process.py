@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from instances import cores
 from routing.framing import Framing
 from routing.relay_wire import (
     MESSAGE_BYTES,
@@ -262,15 +263,16 @@ class _Relay:
         with theirs:
             # the kernel's timeout, for sends alone: this socket's reader waits without one
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_TIMEOUT_S, 0))
-            pid = os.posix_spawn(
-                self._python, [self._python, "-I", "-S", str(CHILD), str(CONTROL_FD)],
-                {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ},
-                file_actions=[
-                    (os.POSIX_SPAWN_DUP2, theirs.fileno(), CONTROL_FD),
-                    (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                ],
-                setsigmask=BLOCKED_SIGNALS,
-            )
+            with cores.everywhere():
+                pid = os.posix_spawn(
+                    self._python, [self._python, "-I", "-S", str(CHILD), str(CONTROL_FD)],
+                    {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ},
+                    file_actions=[
+                        (os.POSIX_SPAWN_DUP2, theirs.fileno(), CONTROL_FD),
+                        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                    ],
+                    setsigmask=BLOCKED_SIGNALS,
+                )
         with self._lock:
             self._pid, self._control = pid, ours
             if self._ending.is_set():  # `end` found no socket to shut

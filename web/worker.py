@@ -31,6 +31,7 @@ from gunicorn.workers.gthread import ThreadWorker
 
 from config import Settings
 from errors import DaemonError
+from instances.cores import Cores
 from routing import request_id
 from web import refusals
 from web.connection import CLIENT_GONE, Connection, OneWrite, Parked, has_left, reset
@@ -163,6 +164,7 @@ class Worker(ThreadWorker):
         self.poller.register(self.method_queue.fileno(), selectors.EVENT_READ, self.method_queue.run_callbacks)
         self.set_accept_enabled(True)
         self._tell_master()
+        cores = Cores() if self.settings.one_core else None
         looked_at = 0.0
         while self.alive:
             can_accept = self._free() > -SPARE and time.monotonic() >= self._accept_after
@@ -174,6 +176,8 @@ class Worker(ThreadWorker):
                 self.notify()       # a system call: not for every event
                 self._close_expired(now)
                 self._tell_refused()
+                if cores is not None:
+                    cores.look(now)
         self._drain()
         self.service.stop(lambda: self.hurry, self.notify)
         self._lanes.shut_down()

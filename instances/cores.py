@@ -1,0 +1,125 @@
+"""Where the daemon's threads run: all on one core, the one that others use least.
+
+Only one thread of a Python process runs at a time.  Where the system spreads threads over cores, each system call of
+one gives the interpreter's lock to another on another core, which must be woken there and finds nothing of the work in
+its caches; on one core a call that does not wait gives nothing away.  Measured (docs/PERFORMANCE.md): twice the
+requests a second, on a quiet machine as on one whose cores are all busy.  Relays and engines are processes of their
+own, and run on all cores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+log = logging.getLogger("vllm_server.cores")
+
+ALL = frozenset(os.sched_getaffinity(0))    # when the daemon started: a user or a container may have left it only some
+
+BETTER = 0.25       # so much less of another core must be used by others before we move there
+
+_lock = threading.Lock()
+_everywhere: set[int] = set()       # native ids of the threads that are left alone
+
+
+@contextlib.contextmanager
+def everywhere() -> Iterator[None]:
+    """What the calling thread starts meanwhile may run on all cores; a process inherits that from the thread."""
+    thread = threading.get_native_id()
+    with _lock:
+        place = os.sched_getaffinity(0)
+        if place != ALL:
+            _everywhere.add(thread)
+            os.sched_setaffinity(0, ALL)
+    try:
+        yield
+    finally:
+        if place != ALL:
+            with _lock:
+                os.sched_setaffinity(0, place)
+                _everywhere.discard(thread)
+
+
+@dataclass(frozen=True)
+class Use:
+    """`busy`: by core, how much of it was used, 0 to 1, by us too.  `own`: how much of a core this process used."""
+
+    busy: Mapping[int, float]
+    own: float
+
+    def by_others(self, ours: int | None) -> dict[int, float]:
+        """By core.  `ours`: the one that we were on; None: on all of them."""
+        if ours is not None:
+            return {core: max(0.0, share - self.own * (core == ours)) for core, share in self.busy.items()}
+        everything = sum(self.busy.values())
+        others = 1 - min(1.0, self.own / everything) if everything else 0.0
+        return {core: share * others for core, share in self.busy.items()}
+
+
+def choose(ours: int | None, use: Use) -> int:
+    """The core to run on from now."""
+    others = use.by_others(ours)
+    best = min(others, key=lambda core: (others[core], core))
+    return best if ours is None or others[ours] - others[best] >= BETTER else ours
+
+
+class Cores:
+    """`look(now)` once a second: it moves this process's threads, those too that have come since the last time."""
+
+    def __init__(self, read: Callable[[], Mapping[int, float]] | None = None,
+                 move: Callable[[Iterable[int]], None] | None = None) -> None:
+        self._read = read or idle_s
+        self._move = move or move_threads
+        self._core: int | None = None
+        self._last: tuple[float, float, Mapping[int, float]] | None = None     # when, our seconds, idle seconds
+        self._able = len(ALL) > 1
+
+    @property
+    def core(self) -> int | None:
+        return self._core
+
+    def look(self, now: float) -> None:
+        if not self._able:
+            return
+        try:
+            use = self._use(now)
+            if use is None:
+                return
+            self._core = choose(self._core, use)
+            self._move({self._core})
+        except (OSError, LookupError, ValueError) as error:
+            self._able = False
+            log.warning("the daemon's threads stay where the system places them: %s", error)
+
+    def _use(self, now: float) -> Use | None:
+        own_s, idle = time.process_time(), self._read()
+        last, self._last = self._last, (now, own_s, idle)
+        if last is None or now <= last[0]:
+            return None
+        passed_s = now - last[0]
+        busy = {core: min(1.0, max(0.0, 1 - (idle[core] - last[2][core]) / passed_s)) for core in ALL}
+        return Use(busy, (own_s - last[1]) / passed_s)
+
+
+def idle_s() -> Mapping[int, float]:
+    """By core, the seconds in which it had nothing to do, since the machine started; proc_stat(5).  psutil numbers the
+    cores that are on, the system all."""
+    tick_s = 1 / os.sysconf("SC_CLK_TCK")
+    lines = (line.split() for line in Path("/proc/stat").read_text().splitlines())
+    return {int(words[0][3:]): (int(words[4]) + int(words[5])) * tick_s
+            for words in lines if words[0].startswith("cpu") and words[0] != "cpu"}
+
+
+def move_threads(cores: Iterable[int]) -> None:
+    """All of this process, but for those in `everywhere`.  Raises OSError where the system does not allow it."""
+    with _lock:
+        for name in os.listdir("/proc/self/task"):  # noqa: PTH208  # hundreds, once a second
+            if int(name) not in _everywhere:
+                with contextlib.suppress(ProcessLookupError):       # it has just ended
+                    os.sched_setaffinity(int(name), cores)

@@ -1,0 +1,153 @@
+"""instances/cores.py: threads on the least used core, and children on all."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import psutil
+import pytest
+
+from instances import cores
+from instances.cores import Cores, Use, choose, everywhere
+from tests.daemon import CHECKOUT, Daemon
+from tests.support import wait_until
+
+several = pytest.mark.skipif(len(cores.ALL) < 2, reason="there is one core")
+
+
+@pytest.mark.parametrize(("ours", "busy", "own", "to", "why"), [
+    (None, {0: 0.1, 1: 0.0}, 0.0, 1, "the least used"),
+    (None, {0: 0.2, 1: 0.2}, 0.0, 0, "the first of equals"),
+    (None, {0: 0.6, 1: 0.5}, 1.1, 0, "all that is used is used by us"),
+    (None, {0: 1.0, 1: 0.8}, 0.4, 1, "busy, and the other one is busier"),
+    (0, {0: 1.0, 1: 0.0}, 1.0, 0, "only we use it"),
+    (0, {0: 1.0, 1: 0.0}, 0.8, 0, "others use a fifth"),
+    (0, {0: 1.0, 1: 0.1}, 0.5, 1, "others came"),
+    (0, {0: 1.0, 1: 0.4}, 0.5, 0, "it is hardly better there"),
+    (0, {0: 1.0, 1: 1.0}, 0.4, 0, "it is worse there"),
+    (0, {0: 1.0, 1: 0.7}, 0.0, 1, "crowded everywhere, and better there"),
+    (2, {0: 0.5, 1: 0.2, 2: 0.9}, 0.3, 1, "the least used of many"),
+])
+def test_where_to_run(ours: int | None, busy: dict[int, float], own: float, to: int | None, why: str) -> None:
+    assert choose(ours, Use(busy, own)) == to, why
+
+
+class Machine:
+    """Cores whose use a test sets, and who was moved where."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, count: int = 2) -> None:
+        monkeypatch.setattr(cores, "ALL", frozenset(range(count)))
+        monkeypatch.setattr(cores.time, "process_time", lambda: self.own_s)
+        self.idle_s = dict.fromkeys(range(count), 0.0)
+        self.own_s = 0.0
+        self.now = 100.0
+        self.moves: list[set[int]] = []
+        self.cores = Cores(lambda: dict(self.idle_s), lambda where: self.moves.append(set(where)))
+
+    def second(self, busy: Mapping[int, float], own: float) -> int | None:
+        self.now += 1
+        self.own_s += own
+        for core, share in busy.items():
+            self.idle_s[core] += 1 - share
+        self.cores.look(self.now)
+        return self.cores.core
+
+
+def test_threads_follow_what_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch)
+    assert machine.second({}, 0) is None and machine.moves == []        # nothing to compare with yet
+    assert machine.second({0: 0.2, 1: 0.1}, 0.1) == 1
+    assert machine.second({0: 0.1, 1: 1.0}, 1.0) == 1
+    assert machine.second({0: 0.1, 1: 1.0}, 0.3) == 0
+    assert machine.second({0: 1.0, 1: 1.0}, 0.1) == 0
+    assert machine.moves == [{1}, {1}, {0}, {0}]        # told each second, for threads that have come since
+
+
+def test_one_core_is_nothing_to_choose_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, count=1)
+    assert [machine.second({0: 0.0}, 0.0) for _ in range(3)] == [None] * 3 and machine.moves == []
+
+
+def refused(*_: object) -> Iterable[int]:
+    raise PermissionError("not in this container")
+
+
+@pytest.mark.parametrize("broken", [refused, lambda: {0: 1.0}], ids=["refused", "a core without figures"])
+def test_where_it_cannot_be_done_it_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+                                                 broken: Callable[..., Mapping[int, float]]) -> None:
+    machine = Machine(monkeypatch)
+    machine.cores = Cores(broken, machine.moves.append)
+    for _ in range(4):
+        machine.second({0: 0.0, 1: 0.0}, 0.0)
+    assert machine.moves == [] and len(caplog.records) == 1
+    assert "stay where the system places them" in caplog.text
+
+
+def test_each_core_that_there_is_has_its_idle_time() -> None:
+    before = cores.idle_s()
+    assert before.keys() >= cores.ALL and all(seconds >= 0 for seconds in before.values())
+    wait_until(lambda: any(seconds > before[core] for core, seconds in cores.idle_s().items()))
+
+
+@pytest.fixture
+def one_core() -> Iterator[int]:
+    core = min(cores.ALL)
+    try:
+        cores.move_threads({core})
+        yield core
+    finally:
+        cores.move_threads(cores.ALL)
+
+
+@several
+def test_what_is_started_everywhere_runs_everywhere(one_core: int) -> None:
+    says = [sys.executable, "-c", "import os; print(sorted(os.sched_getaffinity(0)))"]
+    assert subprocess.run(says, capture_output=True, check=True).stdout.split() == [b"[%d]" % one_core]
+    with everywhere():
+        cores.move_threads({one_core})      # which leaves this thread alone now
+        assert eval(subprocess.run(says, capture_output=True, check=True).stdout) == sorted(cores.ALL)
+    assert os.sched_getaffinity(0) == {one_core}
+
+
+@several
+def test_new_threads_are_where_the_others_are(one_core: int) -> None:
+    found: list[set[int]] = []
+    thread = threading.Thread(target=lambda: found.append(os.sched_getaffinity(0)))
+    thread.start()
+    thread.join()
+    assert found == [{one_core}]
+
+
+def allowed(pid: int) -> set[frozenset[int]]:
+    return {frozenset(os.sched_getaffinity(int(task.name))) for task in Path(f"/proc/{pid}/task").iterdir()}
+
+
+@several
+@pytest.mark.parametrize(("setting", "together"), [("true", True), ("false", False)])
+def test_a_daemon_is_on_one_core_and_its_engines_and_relays_are_on_all(tmp_path: Path, setting: str,
+                                                                       together: bool) -> None:
+    with Daemon(tmp_path, {"APP_ONE_CORE": setting}) as daemon:
+        worker = daemon.worker_pid
+        if together:
+            wait_until(lambda: len(places := allowed(worker)) == 1 and len(next(iter(places))) == 1)
+        engine = daemon.create("m")["pid"]
+        children = [child.pid for child in psutil.Process(worker).children()]
+        assert engine in children and len(children) > 1     # and a relay
+        assert all(allowed(pid) == {cores.ALL} for pid in children)
+        assert daemon.post("/v1/completions", {"model": "m", "prompt": "x", "max_tokens": 1}).status == 200
+        assert (allowed(worker) == {cores.ALL}) != together
+
+
+CHILD = f"import sys; sys.path.insert(0, {str(CHECKOUT)!r}); from instances import cores; print(sorted(cores.ALL))"
+
+
+@several
+def test_all_is_what_the_daemon_was_left(one_core: int) -> None:
+    """Such as by taskset or a container's cpuset."""
+    assert subprocess.run([sys.executable, "-c", CHILD], capture_output=True, check=True).stdout.split() == [
+        b"[%d]" % one_core]
