@@ -38,6 +38,7 @@ from web.connection import CLIENT_GONE, Connection, OneWrite, Parked, has_left, 
 from web.intake import CONTINUE, Buffers, Collected, Intake, Taken
 from web.lanes import Lanes, is_reserved
 from web.leaving import MemoryWatch, leave_without_memory, to_be_tried_again
+from web.malloc import return_large_blocks
 from web.threads import LOOK_S
 
 log = logging.getLogger("vllm_server.http")
@@ -108,6 +109,7 @@ class Worker(ThreadWorker):
         # Each of the thirty settings that a request reads would be two calls, a tenth of what the request costs.
         self.cfg.__dict__.update({name: setting.get() for name, setting in self.cfg.settings.items()})
         sys.unraisablehook = leave_without_memory
+        return_large_blocks()
         super().init_process()
 
     def init_signals(self) -> None:
