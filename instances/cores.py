@@ -36,14 +36,15 @@ def everywhere() -> Iterator[None]:
         place = os.sched_getaffinity(0)
         if place != ALL:
             _everywhere.add(thread)
-            os.sched_setaffinity(0, ALL)
+            with contextlib.suppress(OSError):      # a container's cores were changed: it has what is left
+                os.sched_setaffinity(0, ALL)
     try:
         yield
     finally:
         if place != ALL:
-            with _lock:
-                os.sched_setaffinity(0, place)
+            with _lock, contextlib.suppress(OSError):
                 _everywhere.discard(thread)
+                os.sched_setaffinity(0, place)
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,18 @@ def test_what_is_started_everywhere_runs_everywhere(one_core: int) -> None:
 
 
 @several
+def test_cores_that_are_taken_away_meanwhile_are_no_failure(monkeypatch: pytest.MonkeyPatch, one_core: int) -> None:
+    """Such as by a change of a container's cpuset: the engine has been started, and its record must be written."""
+    with monkeypatch.context() as patched, everywhere():
+        patched.setattr(os, "sched_setaffinity", refused)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "sched_setaffinity", refused)
+        with everywhere():
+            pass
+    assert cores._everywhere == set()
+
+
+@several
 def test_new_threads_are_where_the_others_are(one_core: int) -> None:
     found: list[set[int]] = []
     thread = threading.Thread(target=lambda: found.append(os.sched_getaffinity(0)))
