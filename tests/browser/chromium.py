@@ -74,3 +74,18 @@ def axe_source() -> str | None:
                 shutil.copy(draft, f"{kept}.draft")
                 Path(f"{kept}.draft").replace(kept)
     return kept.read_text()
+
+
+def serious_violations(page: Page, axe: str, where: str) -> list[str]:
+    """What axe-core (its source: `axe`) finds on the page as it is now; its context must bypass the page's policy."""
+    page.evaluate(axe)
+    result = page.evaluate("axe.run(document, {resultTypes: ['violations']})")
+    return [f"{where}: {one['id']} ({one['impact']}): {[node['html'][:160] for node in one['nodes'][:3]]}"
+            for one in result["violations"] if one["impact"] in ("serious", "critical")]
+
+
+def enter(page: Page, key: str, *, keep: bool = False) -> None:
+    page.get_by_label("API key").fill(key)
+    if keep:
+        page.get_by_label("Remember it on this device").check()
+    page.get_by_role("button", name="Use it").click()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
-from tests.browser.chromium import DESK, HANG_MS, PHONE, axe_source
+from tests.browser.chromium import DESK, HANG_MS, PHONE, axe_source, enter, serious_violations
 from tests.browser.conftest import Open
 from tests.daemon import Daemon
 from tests.gpu_box import GpuBox, needs_compiler
@@ -246,13 +246,6 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
             running.delete(f"/instances/{one['id']}?force=1&wait=1", {"Authorization": "Bearer admin-key"})
 
 
-def enter(page: Page, key: str, *, keep: bool = False) -> None:
-    page.get_by_label("API key").fill(key)
-    if keep:
-        page.get_by_label("Remember it on this device").check()
-    page.get_by_role("button", name="Use it").click()
-
-
 def test_a_key_is_asked_for_and_kept_for_this_tab_only(guarded: Daemon, open_page: Open) -> None:
     page = open_page(guarded, allowed=UNAUTHORIZED).page
     asked: list[str] = []
@@ -388,12 +381,6 @@ def test_axe_finds_nothing_serious(daemon: Daemon, open_page: Open, size: dict[s
     expect(page.locator("#link-text")).to_have_text("Live")
     found: list[str] = []
 
-    def look(where: str) -> None:
-        page.evaluate(source)
-        result = page.evaluate("axe.run(document, {resultTypes: ['violations']})")
-        found.extend(f"{where}: {one['id']} ({one['impact']}): {[node['html'][:160] for node in one['nodes'][:3]]}"
-                     for one in result["violations"] if one["impact"] in ("serious", "critical"))
-
     for view in ("overview", "playground", "logs", "activity"):
         page.locator(f"nav a[data-view={view}]").click()
         expect(page.locator(f"#{view}")).to_be_visible()
@@ -401,11 +388,11 @@ def test_axe_finds_nothing_serious(daemon: Daemon, open_page: Open, size: dict[s
             page.locator("#log .line").first.wait_for()
         if view == "activity":
             page.locator("#requests tr").first.wait_for()
-        look(view)
+        found += serious_violations(page, source, view)
         width = page.evaluate("document.documentElement.scrollWidth")
         assert width <= size["width"], f"{view} is {width} pixels wide"
     page.locator("nav a[data-view=overview]").click()
     action(page, "Stop", "seen")
     page.get_by_role("dialog").wait_for()
-    look("dialog")
+    found += serious_violations(page, source, "dialog")
     assert found == []
