@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from errors import TooLarge
-from web.intake import KEPT_BYTES, LARGE_BODY_BYTES, MAX_HEAD_BYTES, Buffers, Collected, Intake, Taken
+from web.intake import KEPT_BYTES, KEPT_S, LARGE_BODY_BYTES, MAX_HEAD_BYTES, Buffers, Collected, Intake, Taken
 
 LIMIT = 1 << 20
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -147,3 +147,18 @@ def test_places_are_kept_within_a_bound_and_not_given_to_much_smaller_bodies() -
         buffers.give_back(bytearray(KEPT_BYTES // 4))
     assert sum(one.__alloc__() for one in buffers._free) <= KEPT_BYTES
     assert len(buffers.take(LARGE_BODY_BYTES)) < KEPT_BYTES // 4
+
+
+def test_places_for_large_bodies_are_given_back_when_there_are_no_more() -> None:
+    buffers = Buffers()
+    buffers.give_back(bytearray(1 << 20))
+    buffers.tick(100.0)
+    buffers.tick(100.0 + KEPT_S - 1)
+    place = buffers.take_kept(1 << 20)
+    assert place is not None
+    buffers.give_back(place)
+    buffers.tick(100.0 + KEPT_S)
+    buffers.tick(99.0 + 2 * KEPT_S)
+    assert len(buffers._free) == 1
+    buffers.tick(100.0 + 2 * KEPT_S)
+    assert buffers.take_kept(1 << 20) is None

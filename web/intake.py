@@ -15,6 +15,7 @@ from typing import Any
 from errors import BadRequest, DaemonError, Overloaded, TooLarge
 
 KEPT_BYTES = 1 << 25
+KEPT_S = 10.0                   # since the last large body
 HELD_BYTES = 1 << 31            # all large bodies that are here at one time, unless a setting says otherwise
 ROUND_BYTES = 1 << 20
 LARGE_BODY_BYTES = 1 << 16      # from here on a body is received into its place, not appended piece by piece
@@ -45,14 +46,16 @@ class Taken:
 class Buffers:
     """Places for large bodies, used again: fresh memory costs a page fault every 4 KiB, a fifth of such a request.
 
-    Keeps at most `KEPT_BYTES`.  It also counts what all large bodies take, from their first bytes to the end of their
-    requests: at most `most_bytes`.  Any thread may call it.
+    Keeps at most `KEPT_BYTES`, and nothing for long after the last one.  It also counts what all large bodies take,
+    from their first bytes to the end of their requests: at most `most_bytes`.  Any thread may call it.
     """
 
     def __init__(self, most_bytes: int = HELD_BYTES) -> None:
         self._free: list[bytearray] = []
         self._most_bytes = most_bytes
         self._held_bytes = 0
+        self._used = False          # since the last `tick`
+        self._used_at = 0.0
         self._lock = threading.Lock()
 
     def hold(self, size: int) -> bool:
@@ -99,8 +102,17 @@ class Buffers:
         except BufferError:
             return
         with self._lock:
+            self._used = True
             if sum(one.__alloc__() for one in self._free) + buffer.__alloc__() <= KEPT_BYTES:
                 self._free.append(buffer)
+
+    def tick(self, now: float) -> None:
+        """Gives back to the system what nobody has used for KEPT_S seconds."""
+        with self._lock:
+            if self._used:
+                self._used, self._used_at = False, now
+            elif now - self._used_at >= KEPT_S:
+                self._free.clear()
 
     def _find(self, size: int) -> bytearray | None:
         with self._lock:

@@ -177,6 +177,7 @@ class Worker(ThreadWorker):
                 looked_at = now
                 self.notify()       # a system call: not for every event
                 self._close_expired(now)
+                self._buffers.tick(now)
                 self._tell_refused()
                 if cores is not None:
                     cores.look(now)
