@@ -48,6 +48,9 @@ def read_env_file(path: Path | None, cwd: Path, environ: Mapping[str, str]) -> L
     return found
 
 
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
 def _line_of(binding: Binding) -> int:
     """The parser counts the blank lines before a binding into it."""
     text = binding.original.string
@@ -64,6 +67,8 @@ def check_env_name(name: str, where: str) -> None:
     elif name not in ENGINE_NAMES and not name.startswith(ENGINE_PREFIXES):
         known = OURS | {s.name for s in SETTINGS} | ENGINE_NAMES
         raise ConfigError(where, f"unknown setting {name}{hint(name, known)}")
+    if not _NAME.fullmatch(name):
+        raise ConfigError(where, f"{name!r:.80} is not the name of a variable")     # and no engine could be started
 
 
 def refuse_near_miss(name: str, where: str) -> None:

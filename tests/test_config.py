@@ -207,6 +207,13 @@ def test_syntax_errors_name_the_line_but_not_its_text(tmp_path: Path, env: str, 
     assert error.where == f"{tmp_path}/.env:{line}"
 
 
+@pytest.mark.parametrize("name", ["HF_HO\0ME", "'HF_A=B'", "CUDA_-X", "'VLLM_A B'", "VLLM_DEFAULT_A\0B"])
+def test_what_is_no_name_of_a_variable_is_refused(tmp_path: Path, name: str) -> None:
+    """It would be passed on, and then no engine could be started."""
+    error = refused(tmp_path, env=f"#\n{name}=x\n")
+    assert error.where == f"{tmp_path}/.env:2" and "is not the name of a variable" in str(error)
+
+
 def test_a_secret_in_a_broken_line_is_not_shown(tmp_path: Path) -> None:
     assert "hf_secret" not in str(refused(tmp_path, env="HF_TOKEN='hf_secret\n"))
     assert "hf_secret" not in str(refused(tmp_path, env="HFTOKEN=hf_secret\n"))

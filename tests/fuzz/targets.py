@@ -77,7 +77,7 @@ def _env(data: bytes) -> None:
     except ConfigError as error:
         _is_short(error)
     else:
-        assert not any("\0" in name + given.text for name, given in layer.items())
+        assert all(name.isascii() and name.isidentifier() and "\0" not in given.text for name, given in layer.items())
 
 
 def _keys(data: bytes) -> None:
