@@ -143,8 +143,12 @@ class RealDaemon(Daemon):
 
 
 def shared_memory(pid: int) -> set[str]:
-    """The files under /dev/shm that a process has mapped."""
-    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    """The files under /dev/shm that a process has mapped; one that has ended, such as what vLLM runs to look at the
+    machine, has none."""
+    try:
+        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return set()
     return {line[line.index("/dev/shm/"):] for line in lines if "/dev/shm/" in line and not line.endswith("(deleted)")}
 
 
