@@ -14,9 +14,11 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from instances.loop import PASSING
 
 log = logging.getLogger("vllm_server.cores")
 
@@ -26,25 +28,22 @@ BETTER = 0.25       # so much less of another core must be used by others before
 
 _lock = threading.Lock()
 _everywhere: set[int] = set()       # native ids of the threads that are left alone
+_place: Collection[int] = ALL       # where all others are to be
 
 
 @contextlib.contextmanager
 def everywhere() -> Iterator[None]:
     """What the calling thread starts meanwhile may run on all cores; a process inherits that from the thread."""
     thread = threading.get_native_id()
-    with _lock:
-        place = os.sched_getaffinity(0)
-        if place != ALL:
-            _everywhere.add(thread)
-            with contextlib.suppress(OSError):      # a container's cores were changed: it has what is left
-                os.sched_setaffinity(0, ALL)
+    with _lock, contextlib.suppress(OSError):       # a container's cores were changed: it has what is left
+        _everywhere.add(thread)
+        os.sched_setaffinity(0, ALL)
     try:
         yield
     finally:
-        if place != ALL:
-            with _lock, contextlib.suppress(OSError):
-                _everywhere.discard(thread)
-                os.sched_setaffinity(0, place)
+        with _lock, contextlib.suppress(OSError):
+            _everywhere.discard(thread)
+            os.sched_setaffinity(0, _place)
 
 
 @dataclass(frozen=True)
@@ -71,32 +70,35 @@ def choose(ours: int | None, use: Use) -> int:
 
 
 class Cores:
-    """`look(now)` once a second: it moves this process's threads, those too that have come since the last time."""
+    """`look(now)` once a second: it moves this process's threads when there is a better core for them."""
 
     def __init__(self, read: Callable[[], Mapping[int, float]] | None = None,
-                 move: Callable[[Iterable[int]], None] | None = None) -> None:
+                 move: Callable[[Collection[int]], None] | None = None) -> None:
         self._read = read or idle_s
         self._move = move or move_threads
-        self._core: int | None = None
+        self.core: int | None = None
         self._last: tuple[float, float, Mapping[int, float]] | None = None     # when, our seconds, idle seconds
         self._able = len(ALL) > 1
-
-    @property
-    def core(self) -> int | None:
-        return self._core
+        self._again = False     # a thread may have been started by one that had not been moved yet
 
     def look(self, now: float) -> None:
         if not self._able:
             return
         try:
-            use = self._use(now)
-            if use is None:
+            if (use := self._use(now)) is None:
                 return
-            self._core = choose(self._core, use)
-            self._move({self._core})
+            core = choose(self.core, use)
+            if core != self.core or self._again:
+                self._again = core != self.core
+                self.core = core
+                self._move({core})
         except (OSError, LookupError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno in PASSING:
+                return
             self._able = False
             log.warning("the daemon's threads stay where the system places them: %s", error)
+            with contextlib.suppress(OSError):
+                self._move(ALL)
 
     def _use(self, now: float) -> Use | None:
         own_s, idle = time.process_time(), self._read()
@@ -117,10 +119,12 @@ def idle_s() -> Mapping[int, float]:
             for words in lines if words[0].startswith("cpu") and words[0] != "cpu"}
 
 
-def move_threads(cores: Iterable[int]) -> None:
+def move_threads(cores: Collection[int]) -> None:
     """All of this process, but for those in `everywhere`.  Raises OSError where the system does not allow it."""
+    global _place
     with _lock:
-        for name in os.listdir("/proc/self/task"):  # noqa: PTH208  # hundreds, once a second
+        _place = cores
+        for name in os.listdir("/proc/self/task"):  # noqa: PTH208  # there may be thousands
             if int(name) not in _everywhere:
                 with contextlib.suppress(ProcessLookupError):       # it has just ended
                     os.sched_setaffinity(int(name), cores)

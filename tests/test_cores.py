@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -65,12 +66,18 @@ def test_threads_follow_what_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.second({0: 0.1, 1: 1.0}, 1.0) == 1
     assert machine.second({0: 0.1, 1: 1.0}, 0.3) == 0
     assert machine.second({0: 1.0, 1: 1.0}, 0.1) == 0
-    assert machine.moves == [{1}, {1}, {0}, {0}]        # told each second, for threads that have come since
+    assert machine.second({0: 1.0, 1: 1.0}, 0.1) == 0
+    # each time once more, for threads that were started by one that had not been moved yet
+    assert machine.moves == [{1}, {1}, {0}, {0}]
 
 
 def test_one_core_is_nothing_to_choose_from(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(monkeypatch, count=1)
     assert [machine.second({0: 0.0}, 0.0) for _ in range(3)] == [None] * 3 and machine.moves == []
+
+
+def out_of_descriptors() -> Mapping[int, float]:
+    raise OSError(errno.EMFILE, "Too many open files")
 
 
 def refused(*_: object) -> Iterable[int]:
@@ -84,8 +91,19 @@ def test_where_it_cannot_be_done_it_is_said_once(monkeypatch: pytest.MonkeyPatch
     machine.cores = Cores(broken, machine.moves.append)
     for _ in range(4):
         machine.second({0: 0.0, 1: 0.0}, 0.0)
-    assert machine.moves == [] and len(caplog.records) == 1
+    assert machine.moves == [{0, 1}] and len(caplog.records) == 1
     assert "stay where the system places them" in caplog.text
+
+
+def test_what_the_system_has_none_of_now_is_tried_again(monkeypatch: pytest.MonkeyPatch,
+                                                        caplog: pytest.LogCaptureFixture) -> None:
+    """Such as a descriptor to read the figures with."""
+    machine = Machine(monkeypatch)
+    machine.second({}, 0)
+    with monkeypatch.context() as patched:
+        patched.setattr(machine.cores, "_read", out_of_descriptors)
+        assert machine.second({0: 0.0, 1: 0.5}, 0.0) is None
+    assert machine.second({0: 0.0, 1: 0.5}, 0.0) == 0 and caplog.records == []
 
 
 def test_each_core_that_there_is_has_its_idle_time() -> None:
@@ -108,10 +126,11 @@ def one_core() -> Iterator[int]:
 def test_what_is_started_everywhere_runs_everywhere(one_core: int) -> None:
     says = [sys.executable, "-c", "import os; print(sorted(os.sched_getaffinity(0)))"]
     assert subprocess.run(says, capture_output=True, check=True).stdout.split() == [b"[%d]" % one_core]
+    other = max(cores.ALL)
     with everywhere():
-        cores.move_threads({one_core})      # which leaves this thread alone now
+        cores.move_threads({other})         # which leaves this thread alone now
         assert eval(subprocess.run(says, capture_output=True, check=True).stdout) == sorted(cores.ALL)
-    assert os.sched_getaffinity(0) == {one_core}
+    assert os.sched_getaffinity(0) == {other}       # where the others have gone meanwhile
 
 
 @several
