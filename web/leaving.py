@@ -84,12 +84,12 @@ class MemoryWatch:
             self._without = 0 if self._has_memory() else self._without + 1
             unborn = [thread for thread in threading.enumerate() if thread.ident is None]
             self._unborn = {thread: self._unborn.get(thread, now) for thread in unborn}
+            if any(now - since >= BORN_WITHIN_S for since in self._unborn.values()):
+                self._leave(NO_THREAD)
         except MemoryError:
             self._without += 1
         if self._without >= TWICE:
             self._leave(NO_MEMORY)
-        if any(now - since >= BORN_WITHIN_S for since in self._unborn.values()):
-            self._leave(NO_THREAD)
 
 
 def can_have_memory() -> bool:
