@@ -22,7 +22,10 @@ run: .venv/run.stamp            ## find or install vLLM, start the daemon, load 
 demo: .venv/run.stamp           ## the same with a simulated engine: up in seconds, no vLLM, no model
 	@$(PY) -m scripts.run --demo
 
-test: check                     ## lint, types, and the tests that need neither an engine nor much time (under two minutes)
+test: .venv/dev.stamp           ## check, and the tests that need neither an engine nor much time (under two minutes)
+	@$(MAKE) --no-print-directory --jobs 2 quick check
+
+quick: .venv/dev.stamp
 	$(PYTEST) $(SIDE_BY_SIDE) -m "not whole"
 
 whole: .venv/dev.stamp          ## whole daemons and the programs around them, with simulated engines
@@ -31,7 +34,7 @@ whole: .venv/dev.stamp          ## whole daemons and the programs around them, w
 check: .venv/dev.stamp          ## ruff, mypy, who may import whom, risky calls, secrets, packages with known holes
 	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target lint types imports security
 
-.PHONY: lint types imports security     # the parts of check, side by side
+.PHONY: quick lint types imports security     # parts of the above, side by side
 lint:
 	$(PY) -m ruff check .
 
