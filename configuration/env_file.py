@@ -25,6 +25,8 @@ from configuration.settings_table import (
 from configuration.text_file import read_text
 from errors import ConfigError
 
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
 
 def read_env_file(path: Path | None, cwd: Path, environ: Mapping[str, str]) -> Layer:
     """The file's variables, `${NAME}` and `${NAME:-default}` resolved as python-dotenv does; the last one wins."""
@@ -46,9 +48,6 @@ def read_env_file(path: Path | None, cwd: Path, environ: Mapping[str, str]) -> L
             raise ConfigError(where, f"{binding.key} holds a NUL character")
         found[binding.key] = Given(text, where)
     return found
-
-
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def _line_of(binding: Binding) -> int:
