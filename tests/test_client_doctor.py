@@ -32,7 +32,7 @@ pytestmark = pytest.mark.whole
 def env(tmp_path: Path) -> dict[str, str]:
     """A machine on which all is well, but for what it lacks really."""
     return {"HOME": str(tmp_path), "VLLM_COMMAND": SIMULATOR, "STATE_DIR": str(tmp_path / "state"),
-            "VLLM_DEFAULT_TRUST_REMOTE_CODE": "false", "APP_HOST": "127.0.0.1"}
+            "VLLM_DEFAULT_TRUST_REMOTE_CODE": "false", "APP_HOST": "127.0.0.1", "APP_PORT": "0"}
 
 
 def find(text: str, name: str) -> Finding:
