@@ -43,4 +43,4 @@ def test_the_command_chats(daemon: RealDaemon, models: Models) -> None:
     assert done.code == 0 and "12 tokens" in done.err
     piped = vllm_server(daemon, "chat", "tiny", "-t", "0", "-m", "12", stdin="A small model")
     assert piped.out == done.out and len(done.out.split()) > 4
-    assert "Application startup complete" in vllm_server(daemon, "logs", "tiny").out
+    assert "Application startup complete" in vllm_server(daemon, "logs", "tiny", "-n", "9999").out
