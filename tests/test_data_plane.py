@@ -26,6 +26,8 @@ from tests.exchanges import (
 from tests.relay_harness import read_all, read_exactly
 from tests.support import wait_until
 
+pytestmark = pytest.mark.whole
+
 ENDS = b"Connection: close\r\n"
 
 

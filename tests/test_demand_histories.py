@@ -316,5 +316,5 @@ class Histories(RuleBasedStateMachine):
 
 TestHistories = Histories.TestCase
 TestHistories.settings = settings(      # 2,000 of them under HYPOTHESIS_PROFILE=ci
-    max_examples=settings.default.max_examples // (5 if settings.default.max_examples >= 10_000 else 3),
+    max_examples=settings.default.max_examples // (5 if settings.default.max_examples >= 10_000 else 10),
     stateful_step_count=40)

@@ -16,6 +16,8 @@ from instances import processes
 from tests.daemon import HANG_S, Daemon
 from web.notify import Notifier
 
+pytestmark = pytest.mark.whole
+
 
 class Manager:
     """The other end of $NOTIFY_SOCKET."""

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.daemon import Daemon
 from tests.traffic import Ask, longest_wait_s, problems, run_clients
+
+pytestmark = pytest.mark.whole
 
 ASKS = [Ask("good", 3), Ask("good", 3, stream=True), Ask("nowhere"), Ask("cut", 9, stream=True), Ask("cut", 9)]
 
