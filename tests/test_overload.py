@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import select
+import selectors
 import socket
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
@@ -14,7 +18,11 @@ from tests.daemon import Answer, Daemon
 from tests.exchanges import Reader, connect, exchange, parse
 from tests.relay_harness import read_all
 from tests.support import wait_until
+from web.connection import Connection, Parked
 from web.worker import Worker
+
+if TYPE_CHECKING:
+    from _typeshed import FileDescriptorLike
 
 CONNECTIONS = 40
 THREADS = 20
@@ -138,3 +146,27 @@ def test_a_connection_that_made_room_may_have_an_event_left() -> None:
     ours, client = socket.socketpair()
     with ours, client:
         worker._wake_parked(ours)
+
+
+def test_a_connection_may_be_parked_while_the_loop_closes_all_that_are() -> None:
+    """The daemon ends as a request does: whatever the loop finds parked it can take out of the poller again."""
+    worker = Worker.__new__(Worker)
+    worker._parked, closed = {}, []
+
+    class Poller(selectors.DefaultSelector):
+        """At each step of a request's thread, the loop has a turn."""
+
+        def register(self, fileobj: FileDescriptorLike, events: int, data: Any = None) -> selectors.SelectorKey:
+            worker._close_expired(math.inf)
+            key = super().register(fileobj, events, data)
+            worker._close_expired(math.inf)
+            return key
+
+    ours, client = socket.socketpair()
+    with ours, client, Poller() as worker.poller:
+        connection = cast(Connection, SimpleNamespace(sock=ours))
+        worker._close = closed.append   # type: ignore[method-assign]
+        worker._park(connection, Parked(connection, 0.0, worker._receive))
+        assert not closed and list(worker.poller.get_map()) == [ours.fileno()]
+        worker._close_expired(math.inf)
+        assert closed == [connection] and not worker.poller.get_map() and not worker._parked

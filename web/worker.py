@@ -296,11 +296,13 @@ class Worker(ThreadWorker):
     def _park(self, connection: Connection, parked: Parked) -> None:
         """The connection is the loop's from here on."""
         connection.sock.setblocking(False)
-        self._parked[connection.sock] = parked
+        # In this order: the loop takes what it finds in `_parked` out of the poller, at the next moment if it drains.
         self.poller.register(connection.sock, selectors.EVENT_READ, self._wake_parked)
+        self._parked[connection.sock] = parked
 
     def _wake_parked(self, sock: socket.socket) -> None:
-        if (parked := self._parked.get(sock)) is not None:  # else one before it in this round closed it for room
+        # None: one before it in this round closed it for room, or its thread is about to say what it waits for.
+        if (parked := self._parked.get(sock)) is not None:
             parked.on_readable(parked.connection, parked)
 
     def _unpark(self, connection: Connection) -> None:
