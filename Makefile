@@ -10,6 +10,9 @@ SIDE_BY_SIDE := -n $(shell echo $$(( 2 * $$(nproc) ))) --maxprocesses 8 --dist w
 RANDOM_CASES := tests/test_relay_loop.py tests/test_response_head.py tests/test_framing.py tests/test_demand_histories.py \
 	tests/test_fuzz.py
 
+# Where it is set, each process of the tests, and each daemon and engine that they start, would compile all of it anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help run demo test whole check e2e browser chaos slow fuzz bench clean
 
