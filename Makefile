@@ -80,7 +80,7 @@ clean:          ## remove what the above left in the checkout (the engine's cach
 	@touch $@
 
 .venv/dev.stamp: requirements-dev.txt requirements.txt client/requirements.txt scripts/make_venv.sh
-	@scripts/make_venv.sh requirements-dev.txt
+	@scripts/make_venv.sh requirements-dev.txt --no-compile    # most of its 4,000 modules are never imported
 	@touch $@ .venv/run.stamp
 
 .venv/browser.stamp: requirements-browser.txt .venv/dev.stamp

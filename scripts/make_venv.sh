@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes .venv, or brings it up to date, with what a requirements file lists:  scripts/make_venv.sh FILE
+# Makes .venv, or brings it up to date, with what a requirements file lists:  scripts/make_venv.sh FILE [PIP OPTION...]
 #
 # PYTHON names the interpreter; without it the first of python3, python3.14 ... python3.11 is taken that is 3.11 or
 # newer and can make virtual environments (Debian and Ubuntu have that part in a package of its own).
@@ -42,8 +42,10 @@ if [ "$(judge .venv/bin/python)" != good ]; then
     say "making .venv with $("$python" --version)"
     "$python" -m venv --clear .venv
 fi
-say "installing $1 into .venv"
-.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-input -r "$1" || {
-    say "pip could not install $1 (reason above); run this again when that is mended"
+file=$1
+shift
+say "installing $file into .venv"
+.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-input -r "$file" "$@" || {
+    say "pip could not install $file (reason above); run this again when that is mended"
     exit 1
 }
