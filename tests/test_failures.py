@@ -31,6 +31,8 @@ class Row:
     suggestion: dict[str, Any] | None = None
 
 
+pytestmark = pytest.mark.whole
+
 ROWS = {
     "unknown flag": Row(400, "bad_flag", ("--no-such-flag", "correct or remove it"), params={"no_such_flag": 1}),
     "unknown flag, simulated": Row(400, "bad_flag", ("--simulated-bad-flag", "params"), fail="bad_flag"),

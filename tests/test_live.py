@@ -13,6 +13,8 @@ import pytest
 from tests.daemon import Daemon
 from tests.support import wait_until
 
+pytestmark = pytest.mark.whole
+
 ADMIN = {"Authorization": "Bearer admin-key"}
 USER = {"Authorization": "Bearer user-key"}
 KEYS = {"API_KEYS": "bob:user-key", "ADMIN_API_KEYS": "root:admin-key"}

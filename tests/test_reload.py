@@ -12,6 +12,8 @@ from configuration.file_watch import FileWatch
 from tests.daemon import Daemon
 from tests.support import wait_until
 
+pytestmark = pytest.mark.whole
+
 OPEN, CLOSED = "proxy: {idle_timeout_seconds: 60}\n", "proxy: {api_key: sesame}\n"
 
 
