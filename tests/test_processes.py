@@ -54,7 +54,7 @@ def test_a_live_process(child: subprocess.Popen[bytes]) -> None:
     assert (found.parent, found.session, found.zombie) == (os.getpid(), child.pid, False)
     assert found.alive() and processes.session_members(child.pid) == [found]
     assert found in processes.all_processes()
-    assert processes.command_line(child.pid) == "sleep 600"
+    wait_until(lambda: processes.command_line(child.pid) == "sleep 600")     # nothing, in the middle of its exec
     assert not processes.is_resource_tracker(child.pid)
 
 
