@@ -106,10 +106,10 @@ def test_all_connections_are_taken_by_clients_that_ask_something(daemon: Daemon)
 
 def test_who_only_idles_goes_for_who_asks(daemon: Daemon) -> None:
     with contextlib.ExitStack() as stack:
-        first = stack.enter_context(connect(daemon.port))
-        first.sendall(HEALTH)
-        assert Reader(first).answer().status == 200
-        for _ in range(CONNECTIONS - 1):
+        first, second = (stack.enter_context(connect(daemon.port)) for _ in range(2))
+        second.sendall(HEALTH)
+        assert Reader(second).answer().status == 200    # the first one is known, too, and has idled longer
+        for _ in range(CONNECTIONS - 2):
             stack.enter_context(connect(daemon.port))
         newest = stack.enter_context(connect(daemon.port))
         newest.sendall(post(json.dumps({"model": "m", "prompt": "x", "max_tokens": 1}).encode()))
