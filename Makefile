@@ -28,7 +28,7 @@ demo: .venv/run.stamp           ## the same with a simulated engine: up in secon
 test: .venv/dev.stamp           ## check, and the tests that need neither an engine nor much time (under two minutes)
 	@$(MAKE) --no-print-directory --jobs 2 quick check
 
-quick: .venv/dev.stamp
+quick: .venv/tests.stamp
 	$(PYTEST) $(SIDE_BY_SIDE) -m "not whole"
 
 whole: .venv/dev.stamp          ## whole daemons and the programs around them, with simulated engines
@@ -82,6 +82,11 @@ clean:          ## remove what the above left in the checkout (the engine's cach
 .venv/dev.stamp: requirements-dev.txt requirements.txt client/requirements.txt scripts/make_venv.sh
 	@scripts/make_venv.sh requirements-dev.txt --no-compile    # most of its 4,000 modules are never imported
 	@touch $@ .venv/run.stamp
+
+# Once, on one processor and beside the types: else each of the tests' processes compiles all of them.
+.venv/tests.stamp: .venv/dev.stamp
+	@$(PYTEST) --collect-only >/dev/null
+	@touch $@
 
 .venv/browser.stamp: requirements-browser.txt .venv/dev.stamp
 	@scripts/make_venv.sh requirements-browser.txt

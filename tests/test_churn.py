@@ -19,6 +19,8 @@ from instances.store import StateDir
 from tests.churn import WAYS, assert_no_file, assert_no_process, churn, descriptors, settles
 from tests.support import claim_ports
 
+pytestmark = pytest.mark.whole
+
 CHECKOUT = Path(__file__).parents[1]
 AT_ONCE = 4
 

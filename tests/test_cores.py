@@ -158,6 +158,7 @@ def allowed(pid: int) -> set[frozenset[int]]:
     return {frozenset(os.sched_getaffinity(int(task.name))) for task in Path(f"/proc/{pid}/task").iterdir()}
 
 
+@pytest.mark.whole
 @several
 @pytest.mark.parametrize(("setting", "together"), [("true", True), ("false", False)])
 def test_a_daemon_is_on_one_core_and_its_engines_and_relays_are_on_all(tmp_path: Path, setting: str,

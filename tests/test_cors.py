@@ -11,6 +11,8 @@ from config import load_settings
 from errors import ConfigError
 from tests.daemon import Answer, Daemon
 
+pytestmark = pytest.mark.whole
+
 APP = "https://app.example"
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
 PREFLIGHT = {"Access-Control-Request-Method": "POST",

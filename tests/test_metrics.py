@@ -24,6 +24,8 @@ from tests.support import wait_until
 from tests.test_servers import servers_toml, wait_for_models
 from web.metrics import DaemonCollector
 
+pytestmark = pytest.mark.whole
+
 DOCUMENT = (CHECKOUT / "docs" / "METRICS.md").read_text()
 DEPLOY = CHECKOUT / "deploy"
 

@@ -16,6 +16,8 @@ from tests.support import wait_until
 
 __all__ = ["launch"]          # a fixture
 
+pytestmark = pytest.mark.whole
+
 GIB = 1 << 30
 SIZE_GIB = 80
 MODEL = {"weights_mb": 14 * 1024, "overhead_mb": 1024}

@@ -66,6 +66,7 @@ def test_what_the_configuration_says_anyway_may_be_said_again() -> None:
         check({"chat_template": "/srv/other.jinja"}, configured)
 
 
+@pytest.mark.whole
 def test_the_daemon_refuses_them_unless_told_otherwise(tmp_path: Path) -> None:
     wanted = {"model_name": "org/name", "params": {"middleware": "evil.M"}}
     middleware = "params.middleware"
