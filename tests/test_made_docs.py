@@ -59,6 +59,7 @@ def test_what_is_not_translated_is_named() -> None:
         doc_words.told("Nobody has translated this", "zh")
 
 
+@pytest.mark.whole
 def test_the_examples_run_as_printed(tmp_path: Path) -> None:
     """Against the simulated engine, in order; only the port differs."""
     with DemoRun(tmp_path, "--demo") as demo:

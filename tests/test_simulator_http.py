@@ -266,6 +266,7 @@ def test_runtime_lora_loading_needs_its_variable(launch: Launch) -> None:
 
 # --- the SDKs -----------------------------------------------------------------------------------------------------
 
+@pytest.mark.whole
 def test_the_sdks_understand_it(server: Simulator) -> None:
     from anthropic import Anthropic
     from openai import OpenAI
