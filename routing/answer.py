@@ -6,7 +6,9 @@ the daemon itself does with it.
 
 from __future__ import annotations
 
+import errno
 import socket
+import ssl
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -32,7 +34,10 @@ class Incoming:
 
     def more(self) -> bool:
         """Wait for more; False: the other side has ended."""
-        data = self._sock.recv(READ_BYTES)
+        try:
+            data = self._sock.recv(READ_BYTES)
+        except ssl.SSLEOFError as error:        # without TLS's own goodbye: as a reset where there is no TLS
+            raise ConnectionResetError(errno.ECONNRESET, CUT) from error
         self._data = self._data[self._at:] + data if self._at < len(self._data) else data
         self._at = 0
         return bool(data)

@@ -163,6 +163,8 @@ class _Backend:
             raise ConnectionRefused("the engine does not take the connection") from error
         except ssl.SSLCertVerificationError as error:
             raise ConnectionRefused(f"its certificate is not trusted: {error.verify_message}") from error
+        if isinstance(connection.sock, ssl.SSLSocket):      # else a body that was cut may look like a whole one
+            connection.sock.suppress_ragged_eofs = False    # type: ignore[attr-defined]
         try:
             if not runs():      # asked after it was made: who had the port lived until then, or it is a stranger's
                 raise NewConnectionError(connection, "its process has ended")

@@ -21,6 +21,7 @@ from tests.support import wait_until
 
 __all__ = ["launch", "server"]          # fixtures
 
+pytestmark = pytest.mark.whole
 
 # --- the command line ---------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
 import socket
 import ssl
@@ -147,3 +148,29 @@ def test_checks_hold_to_the_same(server: StubServer, certificate: Path) -> None:
     assert ask(origin(server, ca=certificate)) == ask(origin(server, verify=False)) == 200
     with pytest.raises(NoAnswer, match="certificate verify failed"):
         ask(origin(server))
+
+
+@pytest.mark.parametrize("says_goodbye", [True, False])
+def test_a_body_without_a_length_ends_with_the_goodbye_of_tls(says_goodbye: bool, certificate: Path) -> None:
+    """And not with the connection alone: anyone on the way could end that."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        def serve() -> None:
+            plain, _ = listener.accept()
+            with context.wrap_socket(plain, server_side=True) as client:
+                while not client.recv(65536).endswith(b"{}"):
+                    pass
+                client.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nwhole")
+                if says_goodbye:
+                    with contextlib.suppress(OSError):      # it closes without one of its own
+                        client.unwrap()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        where = Origin.of(ServerConfig(f"https://127.0.0.1:{listener.getsockname()[1]}", 1, ca=certificate))
+        upstream = Upstream(4)
+        with contextlib.nullcontext() if says_goodbye else pytest.raises(UpstreamError):
+            assert post(where, upstream) == b"whole"
+        upstream.close()
+        thread.join()

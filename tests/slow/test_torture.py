@@ -314,10 +314,10 @@ class Case:
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
+def cases(draw: st.DrawFn, statuses: Sequence[int] = (200, 200, 201, 400, 500, 503)) -> Case:
     chunks = draw(st.lists(st.binary(min_size=1, max_size=200), max_size=6))
     kind = draw(st.sampled_from(["chunked", "length", "end", "events"]))
-    head = [b"HTTP/1.1 %d X" % draw(st.sampled_from([200, 200, 201, 400, 500, 503])),
+    head = [b"HTTP/1.1 %d X" % draw(st.sampled_from(statuses)),
             b"X-Own: " + draw(st.binary(max_size=20)).hex().encode()]
     if kind == "events":
         chunks = [b"data: %s\n\n" % chunk.hex().encode() for chunk in chunks]
