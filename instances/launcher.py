@@ -145,7 +145,9 @@ class Engine:
         True when no process of it is left.
         """
         members = self._members()
-        files = {*self.record.shared_memory} | processes.shared_memory_files(member.pid for member in members)
+        files = set(self.record.shared_memory)
+        if members:
+            files |= processes.hold_still(self.pid, wait=self._wait)
         gone = not members or processes.kill_session(self.pid, wait=self._wait)
         if self._child is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -214,7 +216,7 @@ class Launcher:
         for session in {process.session for process in named} - {os.getsid(0)}:
             log.warning("%s: ending session %d, which no record knows", instance_id, session)
             members = processes.session_members(session)
-            files = processes.shared_memory_files(member.pid for member in members)
+            files = processes.hold_still(session, wait=wait_until)
             run_dirs = {processes.environment(member.pid).get("VLLM_RPC_BASE_PATH") for member in members}
             processes.kill_session(session, wait=wait_until)
             processes.remove_shared_memory(files)

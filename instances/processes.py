@@ -116,6 +116,32 @@ def shared_memory_files(pids: Iterable[int]) -> set[str]:
     return {name for name in found if SHARED_MEMORY.fullmatch(name) and not name.endswith(" (deleted)")}
 
 
+def hold_still(session: int, *, wait: Callable[[Callable[[], bool], float], bool]) -> set[str]:
+    """SIGSTOP every process of a session but the resource tracker, and the SHARED_MEMORY files that they have then.
+
+    What is about to be killed must not make another file meanwhile: one that is killed between making it and telling
+    the tracker of it leaves it for good.  A process that will not stop (in a driver) is waited for a second.
+    """
+    def all_stopped() -> bool:
+        # Looked up anew each time, as they may fork until they stop.
+        running = [member for member in members() if not _is_stopped(member.pid)]
+        for member in running:
+            send_signal(member, signal.SIGSTOP)
+        return not running
+
+    def members() -> list[Process]:
+        return [member for member in session_members(session) if not is_resource_tracker(member.pid)]
+
+    wait(all_stopped, 1.0)
+    return shared_memory_files(member.pid for member in members())
+
+
+def _is_stopped(pid: int) -> bool:
+    """Or gone, or dead."""
+    state = (_read(pid, "stat") or b"").rpartition(b") ")[2][:1]
+    return state in (b"", b"T", b"t", b"Z", b"X")
+
+
 def remove_shared_memory(files: Iterable[str]) -> None:
     """Those of these SHARED_MEMORY files that are there still and nobody uses."""
     left = {name for name in files if SHARED_MEMORY.fullmatch(name) and Path(name).exists()}

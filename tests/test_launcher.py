@@ -65,6 +65,17 @@ if "listens" in mode:
     server = socket.create_server((sys.argv[2], 0))
     child()
     say("port", server.getsockname()[1])
+if "makes" in mode:
+    say("ready")
+    number, last = 0, None
+    while True:
+        number += 1
+        path = f"/dev/shm/psm_{sys.argv[2]}_{number}"
+        made = os.open(path, os.O_CREAT | os.O_RDWR)
+        if last is not None:
+            os.unlink(last[0])
+            os.close(last[1])
+        last = path, made
 say("environment", *os.environ)
 say("ready")
 signal.pause()
@@ -252,6 +263,18 @@ def test_the_resource_tracker_is_spared_and_cleans_up(tree: Tree, monkeypatch: p
     assert not block.exists()
     assert not tracker.alive()
     assert tree.nothing_left(engine)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_what_makes_shared_memory_as_it_is_killed_leaves_none(tree: Tree, known: bool) -> None:
+    """No tracker was told of it yet, and a list of it made before would be short by it."""
+    engine = tree.launch("makes", ID)
+    if known:
+        assert engine.destroy()
+    else:
+        tree.launcher.end_remains(ID, None)
+        wait_until(lambda: engine.exit_code() is not None)
+    assert list(Path("/dev/shm").glob(f"psm_{ID}_*")) == []
 
 
 @pytest.mark.parametrize("later", [False, True])
