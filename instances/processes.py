@@ -13,7 +13,7 @@ import os
 import re
 import signal
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -34,6 +34,7 @@ class Process:
     session: int
     started_ticks: int
     zombie: bool
+    stopped: bool = field(default=False, compare=False)     # by a signal
 
     def alive(self) -> bool:
         """Whether this very process still runs (a zombie does not)."""
@@ -49,7 +50,7 @@ def read_process(pid: int) -> Process | None:
     # The second field is the name in parentheses and may hold any bytes, spaces and parentheses too.
     fields = line[line.rindex(b")") + 2:].split()
     return Process(pid=pid, parent=int(fields[1]), session=int(fields[3]), started_ticks=int(fields[19]),
-                   zombie=fields[0] in (b"Z", b"X"))
+                   zombie=fields[0] in (b"Z", b"X"), stopped=fields[0] in (b"T", b"t"))
 
 
 def _read(pid: int, name: str) -> bytes | None:
@@ -124,22 +125,17 @@ def hold_still(session: int, *, wait: Callable[[Callable[[], bool], float], bool
     """
     def all_stopped() -> bool:
         # Looked up anew each time, as they may fork until they stop.
-        running = [member for member in members() if not _is_stopped(member.pid)]
+        running = [member for member in _but_tracker(session) if not member.stopped]
         for member in running:
             send_signal(member, signal.SIGSTOP)
         return not running
 
-    def members() -> list[Process]:
-        return [member for member in session_members(session) if not is_resource_tracker(member.pid)]
-
     wait(all_stopped, 1.0)
-    return shared_memory_files(member.pid for member in members())
+    return shared_memory_files(member.pid for member in _but_tracker(session))
 
 
-def _is_stopped(pid: int) -> bool:
-    """Or gone, or dead."""
-    state = (_read(pid, "stat") or b"").rpartition(b") ")[2][:1]
-    return state in (b"", b"T", b"t", b"Z", b"X")
+def _but_tracker(session: int) -> list[Process]:
+    return [member for member in session_members(session) if not is_resource_tracker(member.pid)]
 
 
 def remove_shared_memory(files: Iterable[str]) -> None:
@@ -190,7 +186,7 @@ def kill_session(session: int, *, wait: Callable[[Callable[[], bool], float], bo
     """
     def others_gone() -> bool:
         # Looked up anew each time: one that forked just before it was killed leaves a child.
-        left = [member for member in session_members(session) if not is_resource_tracker(member.pid)]
+        left = _but_tracker(session)
         for member in left:
             send_signal(member, signal.SIGKILL)
         return not left

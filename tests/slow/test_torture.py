@@ -137,8 +137,11 @@ REQUESTS: dict[str, bytes] = {
 @pytest.mark.parametrize("leave", [socket.socket.close, reset, half_close])
 @pytest.mark.parametrize("name", REQUESTS)
 def test_a_client_that_leaves_at_every_byte_of_its_request(daemon: Daemon, name: str, leave: Leave) -> None:
-    asked = REQUESTS[name]
+    leave_at_every_byte_of_a_request(daemon, REQUESTS[name], leave)
 
+
+def leave_at_every_byte_of_a_request(daemon: Daemon, asked: bytes, leave: Leave) -> None:
+    """And the next one is answered."""
     def go(at: int) -> None:
         with connect(daemon.port) as client:
             client.sendall(asked[:at])
@@ -151,9 +154,13 @@ def test_a_client_that_leaves_at_every_byte_of_its_request(daemon: Daemon, name:
 @pytest.mark.parametrize("leave", [socket.socket.close, reset])
 @pytest.mark.parametrize("name", ["events", "length", "until the end"])
 def test_a_client_that_leaves_at_every_byte_of_the_answer(daemon: Daemon, name: str, leave: Leave) -> None:
-    """The engine falls silent after that byte, and is told of the client's end by the end of its connection."""
-    answer = (ANSWERS | CLOSING)[name]
+    leave_at_every_byte_of_an_answer(daemon, (ANSWERS | CLOSING)[name], leave)
+    assert_no_lease(daemon)
+    assert engine_connections(daemon) <= WARM + AT_ONCE
 
+
+def leave_at_every_byte_of_an_answer(daemon: Daemon, answer: bytes, leave: Leave) -> None:
+    """The engine falls silent after that byte, and is told of the client's end by the end of its connection."""
     def go(at: int) -> None:
         with connect(daemon.port) as client:
             client.sendall(request([*steps(answer[:at]), ["wait", "never"]]))
@@ -166,8 +173,6 @@ def test_a_client_that_leaves_at_every_byte_of_the_answer(daemon: Daemon, name: 
             leave(client)
 
     at_once(go, range(len(answer)))
-    assert_no_lease(daemon)
-    assert engine_connections(daemon) <= WARM + AT_ONCE
 
 
 def engine_connections(daemon: Daemon) -> int:
@@ -189,17 +194,23 @@ LARGE_ANSWERS: dict[str, list[Step]] = {
 @pytest.mark.parametrize("version", ["1.1", "1.0"])
 @pytest.mark.parametrize("name", LARGE_ANSWERS)
 def test_slow_clients_get_every_byte_and_hold_little(daemon: Daemon, name: str, version: str) -> None:
-    asked = request(LARGE_ANSWERS[name], version=version, headers=ENDS)
     clients = [connect(daemon.port, 65536) for _ in range(AT_ONCE)]
     before = held(daemon).resident_bytes
-    for client in clients:
-        client.sendall(asked)
-    # All have begun, and none reads on.
-    heads = [read_exactly(client, 12) for client in clients]
-    assert heads == [f"HTTP/{'1.1' if version == '1.1' else '1.0'} 200".encode()] * AT_ONCE
+    begin_large_answers(clients, name, version)
     assert held(daemon).resident_bytes - before < AT_ONCE * 1_000_000
     assert exchange(daemon, request(steps(ANSWERS["length"]), headers=ENDS))[0]
+    read_large_answers(clients)
 
+
+def begin_large_answers(clients: Sequence[socket.socket], name: str, version: str) -> None:
+    """All have begun, and none reads on."""
+    for client in clients:
+        client.sendall(request(LARGE_ANSWERS[name], version=version, headers=ENDS))
+    heads = [read_exactly(client, 12) for client in clients]
+    assert heads == [f"HTTP/{version} 200".encode()] * len(clients)
+
+
+def read_large_answers(clients: Sequence[socket.socket]) -> None:
     def drain(client: socket.socket) -> None:
         with client:
             received, was_reset = read_all(client)

@@ -19,14 +19,13 @@ from hypothesis import given, settings
 
 from tests.daemon import Daemon
 from tests.data_plane import ANSWERS, CLOSING, closing_steps, steps
-from tests.exchanges import CLOSE, RESET, Step, assert_same, connect, exchange, parse, request, send
-from tests.relay_harness import read_all, read_exactly, reset
+from tests.exchanges import CLOSE, RESET, Step, assert_same, connect, exchange, request, send
+from tests.relay_harness import reset
 from tests.scripted_engine import Engine, Handler, Server
 from tests.slow.test_torture import (
     AT_ONCE,
     ENDS,
     EXAMPLES,
-    LARGE,
     LARGE_ANSWERS,
     REQUESTS,
     SWITCHED,
@@ -34,8 +33,12 @@ from tests.slow.test_torture import (
     Case,
     Leave,
     at_once,
+    begin_large_answers,
     cases,
     half_close,
+    leave_at_every_byte_of_a_request,
+    leave_at_every_byte_of_an_answer,
+    read_large_answers,
 )
 from tests.support import wait_until
 from tests.test_tls import certificate
@@ -138,55 +141,22 @@ def test_a_server_that_dies_at_every_byte(daemon: Daemon, name: str, version: st
 @pytest.mark.parametrize("leave", [socket.socket.close, reset, half_close])
 @pytest.mark.parametrize("name", REQUESTS)
 def test_a_client_that_leaves_at_every_byte_of_its_request(daemon: Daemon, name: str, leave: Leave) -> None:
-    asked = REQUESTS[name]
-
-    def go(at: int) -> None:
-        with connect(daemon.port) as client:
-            client.sendall(asked[:at])
-            leave(client)
-
-    at_once(go, range(len(asked) + 1))
-    assert parse(exchange(daemon, request(steps(ANSWERS["length"]), headers=ENDS))[0]) == parse(ANSWERS["length"])
+    leave_at_every_byte_of_a_request(daemon, REQUESTS[name], leave)
 
 
 @pytest.mark.parametrize("leave", [socket.socket.close, reset])
 @pytest.mark.parametrize("name", ["events", "length", "until the end"])
 def test_a_client_that_leaves_at_every_byte_of_the_answer(daemon: Daemon, name: str, leave: Leave) -> None:
-    """The server falls silent after that byte, and is told of the client's end by the end of its connection."""
-    answer = (ANSWERS | CLOSING)[name]
-
-    def go(at: int) -> None:
-        with connect(daemon.port) as client:
-            client.sendall(request([*steps(answer[:at]), ["wait", "never"]]))
-            said = parse(answer[:at], was_reset=True)
-            received = b""
-            while said and said[0].body and [got.body for got in parse(received)] != [said[0].body]:
-                piece = client.recv(65536)
-                assert piece, received
-                received += piece
-            leave(client)
-
-    at_once(go, range(len(answer)))
+    leave_at_every_byte_of_an_answer(daemon, (ANSWERS | CLOSING)[name], leave)
 
 
 @pytest.mark.parametrize("version", ["1.1", "1.0"])
 @pytest.mark.parametrize("name", LARGE_ANSWERS)
 def test_slow_clients_get_every_byte(daemon: Daemon, name: str, version: str) -> None:
-    asked = request(LARGE_ANSWERS[name], version=version, headers=ENDS)
     clients = [connect(daemon.port, 65536) for _ in range(AT_ONCE)]
-    for client in clients:
-        client.sendall(asked)
-    heads = [read_exactly(client, 12) for client in clients]        # all have begun, and none reads on
-    assert heads == [f"HTTP/{version} 200".encode()] * AT_ONCE
+    begin_large_answers(clients, name, version)
     assert exchange(daemon, request(steps(ANSWERS["length"]), headers=ENDS))[0]
-
-    def drain(client: socket.socket) -> None:
-        with client:
-            received, was_reset = read_all(client)
-        (got,) = parse(b"HTTP/1.1 200" + received, was_reset=was_reset)
-        assert got.complete and got.body == b"0123456789" * (LARGE // 10)
-
-    at_once(drain, clients)
+    read_large_answers(clients)
 
 
 @pytest.mark.parametrize("end", [CLOSE, VANISH, RESET], ids=["close", "vanish", "reset"])
