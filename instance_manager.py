@@ -94,7 +94,7 @@ class InstanceManager(Replicas):
                 raise Conflict(_other_params(active[0], spec), code="instance_exists", param="params")
             self._check_names(spec)
             replaced = active if request.replace and not request.new else []
-            self._check_room(len(replaced))
+            self._check_room(sum(one.seated for one in replaced))
             instance = self._add(spec, after=frozenset(one.id for one in replaced))
             instance.apart = request.new
         self._begin(instance)

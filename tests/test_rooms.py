@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from errors import Conflict, NoRoom
+from errors import Conflict, NoRoom, TooManyInstances
+from instance_manager import CreateRequest
 from instances.instance import InstanceView, State
 from instances.rooms import HOPELESS_S, ROBBED_ALLOWED
 from instances.tenancy import MEMORY_WAIT_S, STILL_LACKS_S
@@ -352,6 +353,16 @@ def test_the_places_for_instances_are_given_in_turn_too(tmp_path: Path, monkeypa
     c = world.served("c")
     assert (state(world, "a"), state(world, "b")) == (None, State.READY)
     assert "VLLM_MAX_INSTANCES" in c.because
+
+
+def test_what_has_no_place_yet_leaves_none_to_who_replaces_it(tmp_path: Path, monkeypatch: Patch) -> None:
+    """A load on demand takes its place of VLLM_MAX_INSTANCES when it has room, and not before."""
+    world = world_of(tmp_path, monkeypatch, {"a": dict(LARGE)}, VLLM_MAX_INSTANCES=1)
+    world.manager.load("a")
+    world.manager.create(CreateRequest("other", {}))
+    with pytest.raises(TooManyInstances):
+        world.manager.create(CreateRequest("a", {"gpu_memory_utilization": 0.3}, replace=True))
+    assert len(world.manager.snapshot()) == 2
 
 
 def test_a_place_is_waited_for_while_all_are_in_use(tmp_path: Path, monkeypatch: Patch) -> None:
