@@ -410,6 +410,23 @@ def test_one_that_was_told_to_sleep_goes_on_with_it(world: World, already: bool)
     assert (world.view(view).state, engine.asleep) == (State.SLEEPING, 1)
 
 
+def test_one_that_was_to_sleep_still_waits_for_a_start_on_its_gpu(world: World) -> None:
+    """The daemon died while it waited for its turn: the start that had it has it still."""
+    world.devices.devices = (cuda(0),)
+    view, engine = sleepy(world, params={"gpu_memory_utilization": 0.3})
+    _, starting = world.loading("org/other", params={"gpu_memory_utilization": 0.3})
+    world.manager.sleep(view.id)
+    world.step(0.1)
+    world.launcher.left = {one.spec.instance_id: one for one in (engine, starting)}
+    world.new_manager().start()
+    world.step(0.1, times=4)
+    assert (world.view(view).state, world.view(view).phase) == (State.FALLING_ASLEEP, "waiting_for_device")
+    assert TOLD not in world.events_of(view)
+    starting.health = 200
+    world.step(0.1, times=6)
+    assert world.view(view).state is State.SLEEPING
+
+
 def test_one_that_was_told_to_wake_goes_on_with_it(world: World) -> None:
     view, engine = asleep(world)
     engine.wake_status = None
