@@ -23,7 +23,7 @@ from errors import Conflict, EngineStopped, ManagerError, ShuttingDown, TooManyI
 from instances.arranger import Arranger, PlanReport
 from instances.instance import ACTIVE, Haste, Instance, InstanceSpec, InstanceView, State
 from instances.keeper import Keeper
-from instances.launcher import Engine, Launcher, LaunchRefused
+from instances.launcher import Launcher, LaunchRefused
 from instances.loop import Loop
 from instances.placement import Plan
 from instances.registry import LOOK_S
@@ -182,12 +182,8 @@ class InstanceManager(Replicas):
         found = self.resources.state_dir.load()
         for instance_id in found.unreadable:
             self.resources.launcher.end_remains(instance_id, None)
-        left = [(record, self._engine_of(record)) for record in found.records]
-        for record, engine in left:     # it has its turn, for which one that was to sleep or wake may have waited still
-            if engine is not None and record.state is State.STARTING:
-                self.resources.take_turn(record.id, record.devices, self.clock())
-        for record, engine in left:
-            self._take_over(record, engine)
+        for record in found.records:
+            self._take_over(record)
         with self._changed:
             self._apply_catalog()
         self.preload([entry.id for entry in self.settings.catalog.models.values() if entry.preload])
@@ -283,7 +279,7 @@ class InstanceManager(Replicas):
     def _begin(self, instance: Instance) -> None:
         """Write its record, then let its keeper start it: no engine runs that the next daemon would not find."""
         try:
-            self.resources.state_dir.save(self.resources.record(self.view(instance), None))
+            self.resources.state_dir.save(self.resources.record(self.view(instance), None, instance.state))
             self._run_keeper(instance, self._keeper(instance))
         except (OSError, RuntimeError) as error:
             with self._changed:
@@ -293,19 +289,14 @@ class InstanceManager(Replicas):
             self.resources.forget(instance.id)
             raise _not_begun(instance.spec.model, error, self.resources.state_dir) from error
 
-    def _engine_of(self, record: Record) -> Engine | None:
-        """The one that an earlier daemon left running."""
-        if record.engine is None:
-            return None
-        return self.resources.launcher.find(record.id, record.engine, self.resources.log_path(record.id))
-
-    def _take_over(self, record: Record, engine: Engine | None) -> None:
+    def _take_over(self, record: Record) -> None:
         """An instance of an earlier daemon goes on: with its engine if that runs, else with a new one.
 
         What the catalog has is not started anew: the next request for it, or its preload, will do that.
         """
         launcher, now = self.resources.launcher, self.clock()
         log_path = self.resources.log_path(record.id)
+        engine = None if record.engine is None else launcher.find(record.id, record.engine, log_path)
         instance = Instance(
             id=record.id, spec=record.spec, created_at=record.created_at, last_used=now, changed_at=now,
             log_path=str(log_path), port=record.port, devices=record.devices if engine else (),
@@ -317,7 +308,7 @@ class InstanceManager(Replicas):
             why="found again" if engine else "no engine of it was running; starting anew")
         if engine is not None and record.port is not None:
             self.resources.ports.take(record.id, record.port)
-            if record.state in (State.FALLING_ASLEEP, State.WAKING):    # its memory may be changing
+            if record.state in (State.STARTING, State.FALLING_ASLEEP, State.WAKING):    # its memory may be changing
                 self.resources.take_turn(record.id, record.devices, now)
         with self._changed:
             self._register(instance)

@@ -28,6 +28,8 @@ log = logging.getLogger("vllm_server.keeper")
 
 STEP_S = {State.STARTING: 0.1, State.READY: 0.25, State.FALLING_ASLEEP: 0.02, State.SLEEPING: 0.25,
           State.WAKING: 0.02, State.BACKOFF: 0.1, State.STOPPING: 0.05}
+TOLD = (State.FALLING_ASLEEP, State.WAKING)
+UNTOLD = {State.FALLING_ASLEEP: State.READY, State.WAKING: State.SLEEPING}      # what it does before it is told
 SEEK_STEP_S = 0.25          # while it seeks room: all devices are read each time
 WAIT_STEP_S = 0.1           # while it waits for memory to come free, or for its turn
 HOUSEKEEPING_S = 5.0
@@ -57,6 +59,7 @@ class Keeper:
         self._engine = engine
         self._was = was
         self._served = engine is not None and was in SERVED
+        self._told = was in TOLD                # to do what its state says: until then its engine does what it did
         self._remains = remains
         self._holds_nothing = False         # no process, port or turn, and no request on its connections
         self._waits = False
@@ -98,7 +101,7 @@ class Keeper:
     def _save(self, now: float) -> None:
         """Make the record on disk say what is.  If it cannot be written, what serves goes on serving."""
         engine = self._engine.record if self._engine is not None else None
-        record = self._resources.record(self._registry.view(self._instance), engine)
+        record = self._resources.record(self._registry.view(self._instance), engine, self._engine_state())
         if record == self._saved or now < self._save_at:
             return
         try:
@@ -108,6 +111,13 @@ class Keeper:
             self._save_at = now + HOUSEKEEPING_S
         else:
             self._saved = record
+
+    def _engine_state(self) -> State:
+        """What its engine does, which is what the next daemon must know of it."""
+        state = self._instance.state
+        if state is State.STARTING and self._served and self._engine is not None:
+            return self._was        # found again, and not asked yet
+        return state if self._told else UNTOLD.get(state, state)
 
     # --- starting -------------------------------------------------------------------------------------------------
 
@@ -211,7 +221,7 @@ class Keeper:
         One that was told to sleep or to wake when that daemon died is told so again, and then knows of no other.
         """
         assert self._instance.port is not None
-        if self._was in (State.FALLING_ASLEEP, State.WAKING):
+        if self._told:
             return self._was
         if self._instance.spec.sleep_level and probe.says_it_sleeps(
                 probe.wait(probe.is_sleeping(self._instance.port))):
@@ -288,18 +298,17 @@ class Keeper:
             if instance.state is not State.FALLING_ASLEEP or self._drains_for_sleep(now):
                 return
             self._stop_watchdog()
-            self._save(now)     # a daemon that dies now must know that its engine was told
+            self._tenancy.falls_asleep(adopted=self._told)
+            self._tell(now)
             assert instance.port is not None
             self._registry.note_phase(instance, "falling_asleep")
-            self._tenancy.falls_asleep(adopted=self._was is State.FALLING_ASLEEP)
-            self._was = State.READY
             self._talk = Talk(sleeping.put_to_sleep(
                 instance.port, instance.asleep_level, self._tenancy.settled()), now)
         elif not self._lives(now):
             return
         if not self._talk.poll(now):
             return
-        problem, self._talk = self._talk.problem, None
+        problem = self._hear(self._talk)
         if problem is None:
             assert self._engine is not None
             problem = self._tenancy.fell_asleep(self._engine.pids(), now)
@@ -334,15 +343,15 @@ class Keeper:
         if self._talk is None:
             try:
                 # One that an earlier daemon told to wake has taken some of its room, or all.
-                enter = self._tenancy.take_turn if self._was is State.WAKING else self._tenancy.enter
+                enter = self._tenancy.take_turn if self._told else self._tenancy.enter
                 self._waits = not enter(now)
             except NoRoom as error:
                 self._registry.lose_room(instance, Problem(error.code, error.message, status=error.status))
                 return
             if self._waits or instance.state is not State.WAKING:
                 return
-            self._save(now)
-            self._was, self._woken_at = State.READY, now
+            self._tell(now)
+            self._woken_at = now
             assert instance.port is not None
             self._registry.note_phase(instance, "waking")
             self._talk = Talk(sleeping.wake_up(
@@ -350,7 +359,7 @@ class Keeper:
                 self._resources.settings.probe_timeout_s), now)
         if not self._talk.poll(now):
             return
-        problem, self._talk = self._talk.problem, None
+        problem = self._hear(self._talk)
         if problem is None:
             self._measure(now)
             self._tenancy.woke(now - self._woken_at, now)
@@ -359,6 +368,16 @@ class Keeper:
             self._registry.woke(instance)
         else:
             self._registry.wake_failed(instance, problems.no_wake(instance.spec.model, problem))
+
+    def _tell(self, now: float) -> None:
+        """From here on it may do so: a daemon that finds it must know."""
+        self._told = True
+        self._save(now)
+
+    def _hear(self, talk: Talk) -> str | None:
+        """It has done so, or why not."""
+        self._talk, self._told = None, False
+        return talk.problem
 
     def _stop_watchdog(self) -> None:
         if self._watchdog is not None:
@@ -410,6 +429,7 @@ class Keeper:
             self._health = None
         self._stop_watchdog()
         self._stop_talk()
+        self._told = False
         self._registry.cut_leases(self._instance, error)
         gone = self._engine is None or self._engine.destroy()
         if gone or self._instance.state is not State.BACKOFF:

@@ -213,9 +213,11 @@ class Resources:
         return {device.index: device.used_bytes for device in self.read(now).devices
                 if device.index in devices and device.kind == "cuda" and not device.error}
 
-    def record(self, view: InstanceView, engine: EngineRecord | None) -> Record:
-        return Record(id=view.id, spec=view.spec, state=view.state, created_at=view.created_at, port=view.port,
-                      devices=view.devices, restarts=view.restarts, engine=engine, asleep_level=view.asleep_level,
+    def record(self, view: InstanceView, engine: EngineRecord | None, state: State) -> Record:
+        """`state`: what its engine does."""
+        return Record(id=view.id, spec=view.spec, state=state, created_at=view.created_at, port=view.port,
+                      devices=view.devices, restarts=view.restarts, engine=engine,
+                      asleep_level=0 if state is State.READY else view.asleep_level,
                       memory_planned_bytes=view.memory_planned_bytes, because=view.because, grown=view.grown,
                       apart=view.apart)
 

@@ -410,20 +410,32 @@ def test_one_that_was_told_to_sleep_goes_on_with_it(world: World, already: bool)
     assert (world.view(view).state, engine.asleep) == (State.SLEEPING, 1)
 
 
-def test_one_that_was_to_sleep_still_waits_for_a_start_on_its_gpu(world: World) -> None:
-    """The daemon died while it waited for its turn: the start that had it has it still."""
+def test_one_that_was_not_told_yet_does_what_it_did(world: World) -> None:
+    """The daemon died while its order waited for a start on the same GPU."""
     world.devices.devices = (cuda(0),)
     view, engine = sleepy(world, params={"gpu_memory_utilization": 0.3})
+    sleeper, dozing = asleep(world, model="org/second", params={"gpu_memory_utilization": 0.3})
     _, starting = world.loading("org/other", params={"gpu_memory_utilization": 0.3})
     world.manager.sleep(view.id)
-    world.step(0.1)
-    world.launcher.left = {one.spec.instance_id: one for one in (engine, starting)}
+    world.manager.wake(sleeper.id)
+    world.step(0.1, times=2)
+    assert [world.view(one).state for one in (view, sleeper)] == [State.FALLING_ASLEEP, State.WAKING]
+    world.launcher.left = {one.spec.instance_id: one for one in (engine, dozing, starting)}
     world.new_manager().start()
     world.step(0.1, times=4)
-    assert (world.view(view).state, world.view(view).phase) == (State.FALLING_ASLEEP, "waiting_for_device")
-    assert TOLD not in world.events_of(view)
-    starting.health = 200
-    world.step(0.1, times=6)
+    assert [world.view(one).state for one in (view, sleeper)] == [State.READY, State.SLEEPING]
+    assert (engine.asleep, dozing.asleep) == (0, 1)
+
+
+def test_one_that_sleeps_is_found_so_by_the_daemon_after_the_next(world: World) -> None:
+    """The next one was killed, too, before it had asked."""
+    view, engine = asleep(world)
+    engine.health = None
+    for _ in range(2):
+        taken_over(world, engine, view)
+        assert world.view(view).state is State.STARTING
+    engine.health = 200
+    world.step(0.1)
     assert world.view(view).state is State.SLEEPING
 
 
