@@ -82,6 +82,15 @@ class Answer:
         """The first one of this name (in lower case); empty when there is none."""
         return next((value for given, value in self.head.headers if given.lower() == name), "")
 
+    def begin(self) -> None:
+        """Wait for the first byte of a body with a length.  Raises UpstreamError where it is cut, OSError as the socket
+        does.
+
+        A server writes the head first, and may die before the body follows: its client has got nothing yet.
+        """
+        if self.head.length and not self.is_bodyless and not self.incoming.peek() and not self.incoming.more():
+            raise UpstreamError(CUT)
+
     def pieces(self) -> Iterator[bytes]:
         """The data of the body as it comes.  Raises UpstreamError where it is cut, OSError as the socket does."""
         if self.is_bodyless:

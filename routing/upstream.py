@@ -184,8 +184,8 @@ class Upstream:
 
     def send(self, exchange: Exchange, method: str, url: str, headers: dict[str, str], body: bytes | bytearray | None,
              timeout_s: float, tls: ssl.SSLContext | None = None, runs: Callable[[], bool] = lambda: True) -> Answer:
-        """The answer with its head read and its body not.  Blocks up to `timeout_s` seconds for the head.  An
-        https:// address needs `tls`.  A new connection is used only if the engine `runs` when it has been made.
+        """The answer with its head read, and its body begun if that has a length.  Blocks up to `timeout_s` seconds for
+        each.  An https:// address needs `tls`.  A new connection is used only if the engine `runs` when it has been made.
 
         A pooled connection that the engine had closed meanwhile is tried once more on a fresh one, but never once
         an answer has begun.  Raises ConnectionRefused when nothing was sent, else UpstreamError or UpstreamTimeout;
@@ -224,17 +224,13 @@ class Upstream:
             if incoming.more():
                 exchange.stale = False
             read = read_head(incoming)
+            answer = Answer(read, incoming, method == "HEAD" or read.status in BODYLESS,
+                            lambda reusable: backend.put(connection) if reusable and whole else connection.close())
+            answer.begin()
         except BaseException:
             connection.close()
             raise
-
-        def give_back(reusable: bool) -> None:
-            if reusable and whole:
-                backend.put(connection)
-            else:
-                connection.close()
-
-        return Answer(read, incoming, method == "HEAD" or read.status in BODYLESS, give_back)
+        return answer
 
     def _backend(self, base: str, tls: ssl.SSLContext | None) -> _Backend:
         if (backend := self._backends.get((base, tls))) is None:

@@ -256,6 +256,16 @@ def test_an_answer_that_has_begun_is_not_begun_again(tmp_path: Path, servers: li
         assert sum(one.asked["/v1/completions"] for one in servers) == 1
 
 
+def test_a_server_that_dies_between_head_and_body_has_not_answered(tmp_path: Path, servers: list[StubServer]) -> None:
+    """vLLM writes one after the other: the client has got nothing yet, and another server answers it."""
+    with daemon_with(tmp_path, servers_toml(servers)) as daemon:
+        wait_for_servers(daemon, servers)
+        for one in servers[1:]:
+            one.cut_after = 0
+        assert set(ask(daemon, 20)) == {"a"}
+        assert all(one.asked["/v1/completions"] for one in servers)
+
+
 def test_redirects_are_passed_on_and_not_followed(tmp_path: Path, servers: list[StubServer]) -> None:
     with daemon_with(tmp_path, servers_toml(servers[:1])) as daemon:
         wait_for_servers(daemon, servers[:1])

@@ -152,6 +152,20 @@ def test_nothing_is_sent_twice_once_an_answer_has_begun(upstream: Upstream) -> N
     assert raised.value.code == "bad_answer"
 
 
+def test_an_answer_of_which_only_the_head_comes_is_none(upstream: Upstream) -> None:
+    """vLLM writes its head before its body, and may be killed in between; nothing is sent a second time for it."""
+    def die_after_the_head(client: socket.socket) -> None:
+        read_request(client)
+        client.sendall(OK)
+        read_request(client)
+        client.sendall(OK[:-2])
+
+    with engine(die_after_the_head) as url:
+        ask(upstream, url)
+        with pytest.raises(UpstreamError, match="in the middle of its answer"):
+            upstream.send(Exchange(), "POST", url + "/v1/x", {}, b"{}", 60)
+
+
 def test_an_engine_that_does_not_answer_in_time(upstream: Upstream) -> None:
     with engine(answer(b"")) as url, pytest.raises(UpstreamTimeout):
         ask(upstream, url, timeout_s=0.05)

@@ -35,9 +35,12 @@ def sdk(daemon: Daemon) -> Iterator[openai.OpenAI]:
 
 
 @pytest.fixture(scope="module")
-def second() -> list[str]:
-    """The id of the replica that this file adds."""
-    return []
+def second(shared_daemon: RealDaemon) -> Iterator[list[str]]:
+    """The id of the replica that this file adds, and takes away: other files count on one."""
+    added: list[str] = []
+    yield added
+    for one in added:
+        assert shared_daemon.delete(f"/instances/{one}?wait=1").status == 200
 
 
 @pytest.fixture
@@ -100,7 +103,7 @@ def test_one_of_two_servers_is_killed(daemon: RealDaemon, replicas: list[dict[st
 
 def test_one_of_two_replicas_is_killed(daemon: RealDaemon, replicas: list[dict[str, Any]], second: list[str],
                                        note: Callable[[str], None]) -> None:
-    """The other one of the two; it is started again, and what this file added goes."""
+    """The other one of the two; it is started again."""
     with sdk(daemon) as client:
         assert [model.id for model in client.models.list()].count("tiny") == 1
     victim, other = sorted(replicas, key=lambda one: one["id"] in second)
@@ -112,4 +115,3 @@ def test_one_of_two_replicas_is_killed(daemon: RealDaemon, replicas: list[dict[s
                        if line.startswith("vllm_server_requests_total") and 'model="tiny"' in line)
     assert backends.keys() >= {victim["id"], other["id"]}
     note(f"two real replicas, one killed: {REQUESTS} of {REQUESTS} answered, the longest in {longest_s:.1f} s")
-    assert daemon.delete(f"/instances/{second[0]}?wait=1").status == 200
