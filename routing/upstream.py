@@ -185,7 +185,8 @@ class Upstream:
     def send(self, exchange: Exchange, method: str, url: str, headers: dict[str, str], body: bytes | bytearray | None,
              timeout_s: float, tls: ssl.SSLContext | None = None, runs: Callable[[], bool] = lambda: True) -> Answer:
         """The answer with its head read, and its body begun if that has a length.  Blocks up to `timeout_s` seconds for
-        each.  An https:// address needs `tls`.  A new connection is used only if the engine `runs` when it has been made.
+        each.  An https:// address needs `tls`.  A new connection is used only if the engine `runs` when it has been
+        made.
 
         A pooled connection that the engine had closed meanwhile is tried once more on a fresh one, but never once
         an answer has begun.  Raises ConnectionRefused when nothing was sent, else UpstreamError or UpstreamTimeout;

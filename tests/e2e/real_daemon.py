@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -39,11 +38,6 @@ class Model:
     def request(self, **fields: object) -> dict[str, object]:
         """The body of POST /instances."""
         return {"model_name": str(self.folder), "params": {"served_model_name": self.alias, **self.params}, **fields}
-
-
-def limit_s(promised_s: float) -> float:
-    """What was promised holds where a core is to spare; a machine with more to do than cores takes longer."""
-    return promised_s * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 def find_engine() -> str:

@@ -16,9 +16,8 @@ from instances import processes
 from tests.support import wait_until
 
 from .conftest import Models
-from .real_daemon import ENDLESS, Footprint, Model, RealDaemon, kill, last_error, limit_s, read_to_end
+from .real_daemon import ENDLESS, Footprint, Model, RealDaemon, kill, last_error, read_to_end
 
-ANSWERS_AGAIN_S = 3.0
 QUESTION = {"prompt": "A small", "max_tokens": 12, "temperature": 0}
 ANSWER = " model knows little and answers with words of its own. A"
 
@@ -104,7 +103,6 @@ def test_a_killed_daemon_finds_its_instances_again(daemon: RealDaemon, models: M
     assert (still["pid"], still["restarts"]) == (loading["pid"], 0)
     assert_serves(daemon, models.third)
     assert set(daemon.engine_sessions()) == daemon.recorded_pids() == {tiny["pid"], bert["pid"], loading["pid"]}
-    assert took_s < limit_s(ANSWERS_AGAIN_S)
 
 
 def test_a_killed_engine_under_load_is_told_to_all_and_restarted(daemon: RealDaemon, models: Models,
