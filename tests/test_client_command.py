@@ -18,7 +18,14 @@ from tests.command import OnTerminal, environment, vllm_server
 from tests.daemon import HANG_S, Daemon, with_knobs
 from tests.support import wait_until
 from tests.test_docs import READMES, rows
-from vllm_server_client import ConnectionFailed, NotFound, ServerError, TimedOut, VLLMProxyError
+from vllm_server_client import (
+    ConnectionFailed,
+    NotFound,
+    ServerError,
+    TimedOut,
+    TooManyRequests,
+    VLLMProxyError,
+)
 from vllm_server_client.cli import find, models, words
 from vllm_server_client.cli.exits import MEANINGS, Exit, exit_code
 from vllm_server_client.cli.main import cli
@@ -333,7 +340,7 @@ def test_every_exit_code_is_told_in_the_help() -> None:
         assert f"{code:>3}  {MEANINGS[code]}" in text
     assert exit_code(VLLMProxyError("?")) is Exit.FAILED
     assert exit_code(ServerError("late", status=504)) is Exit.TIMED_OUT
-    assert exit_code(ServerError("many", status=429)) is Exit.UNAVAILABLE
+    assert exit_code(TooManyRequests("many", status=429)) is Exit.UNAVAILABLE
     assert exit_code(TimedOut("late")) is Exit.TIMED_OUT
     assert exit_code(ConnectionFailed("gone", sent=True)) is Exit.UNREACHABLE
 

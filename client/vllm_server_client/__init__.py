@@ -19,6 +19,7 @@ from vllm_server_client.errors import (
     ServerError,
     StreamBroken,
     TimedOut,
+    TooManyRequests,
     Unavailable,
     VLLMProxyError,
 )
@@ -26,5 +27,5 @@ from vllm_server_client.errors import (
 __version__ = "0.1.0"
 
 __all__ = ["AsyncVLLMProxyClient", "AuthenticationFailed", "BadAnswer", "Conflict", "ConnectionFailed", "NotFound",
-           "PermissionDenied", "ServerError", "StreamBroken", "TimedOut", "Unavailable", "VLLMProxyClient",
-           "VLLMProxyError"]
+           "PermissionDenied", "ServerError", "StreamBroken", "TimedOut", "TooManyRequests", "Unavailable",
+           "VLLMProxyClient", "VLLMProxyError"]

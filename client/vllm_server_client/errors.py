@@ -6,7 +6,8 @@
       BadAnswer             an answer that is not what vllm-server sends: is something else listening there?
       StreamBroken          a stream that was cut, or ended before its end
       ServerError           the server's own error, with its message, code and status
-        AuthenticationFailed (401), PermissionDenied (403), NotFound (404), Conflict (409), Unavailable (503)
+        AuthenticationFailed (401), PermissionDenied (403), NotFound (404), Conflict (409), TooManyRequests (429),
+        Unavailable (503)
 """
 
 from __future__ import annotations
@@ -82,12 +83,17 @@ class Conflict(ServerError):
     pass
 
 
+class TooManyRequests(ServerError):
+    """A limit of the key, or all that serve the model ask for fewer; `retry_after_s` says when to come again."""
+
+
 class Unavailable(ServerError):
     pass
 
 
 BY_STATUS: Mapping[int, type[ServerError]] = {
-    401: AuthenticationFailed, 403: PermissionDenied, 404: NotFound, 409: Conflict, 503: Unavailable}
+    401: AuthenticationFailed, 403: PermissionDenied, 404: NotFound, 409: Conflict, 429: TooManyRequests,
+    503: Unavailable}
 
 
 def from_answer(status: int, headers: Mapping[str, str], body: bytes) -> ServerError:

@@ -322,9 +322,10 @@ def kill_engine(world: World, dice: random.Random) -> Generator[str, None, None]
     return _kill_engine(world, dice, "all", "ready", "sleeping", "falling_asleep", "waking")
 
 
-@fault(Group.ENGINE, (0.0, 0.5), "exited", from_strike=True)
+@fault(Group.ENGINE, (0.0, 0.5), "exited", "engine", from_strike=True)
 def kill_loading(world: World, dice: random.Random) -> Generator[str, None, None]:
-    """kill -9 of an engine that loads, of all of it but Python's small resource tracker, as for want of memory."""
+    """kill -9 of an engine that loads, of all of it but Python's small resource tracker, as for want of memory.  It may
+    have come up since it was looked at, and serve."""
     return _kill_engine(world, dice, "big", "starting")
 
 

@@ -42,15 +42,13 @@ def exit_code(error: errors.VLLMProxyError) -> Exit:
     for kind, code in _BY_ERROR:
         if isinstance(error, kind):
             return code
-    status = error.status if isinstance(error, errors.ServerError) else None
-    if status in (408, 504):
-        return Exit.TIMED_OUT
-    return Exit.UNAVAILABLE if status == 429 else Exit.FAILED
+    late = isinstance(error, errors.ServerError) and error.status in (408, 504)
+    return Exit.TIMED_OUT if late else Exit.FAILED
 
 
 _BY_ERROR: tuple[tuple[type[errors.VLLMProxyError], Exit], ...] = (
     (LoadFailed, Exit.LOAD_FAILED), (errors.AuthenticationFailed, Exit.REFUSED),
     (errors.PermissionDenied, Exit.REFUSED), (errors.NotFound, Exit.NOT_FOUND),
-    (errors.Unavailable, Exit.UNAVAILABLE), (errors.TimedOut, Exit.TIMED_OUT),
-    (errors.ConnectionFailed, Exit.UNREACHABLE), (errors.StreamBroken, Exit.UNREACHABLE),
-    (errors.BadAnswer, Exit.UNREACHABLE))
+    (errors.TooManyRequests, Exit.UNAVAILABLE), (errors.Unavailable, Exit.UNAVAILABLE),
+    (errors.TimedOut, Exit.TIMED_OUT), (errors.ConnectionFailed, Exit.UNREACHABLE),
+    (errors.StreamBroken, Exit.UNREACHABLE), (errors.BadAnswer, Exit.UNREACHABLE))
