@@ -1,10 +1,13 @@
-"""Where the daemon's threads run: all on one core, the one that others use least.
+"""Where the daemon's threads run: all on one core, the last of those that others use least.
 
 Only one thread of a Python process runs at a time.  Where the system spreads threads over cores, each system call of
 one gives the interpreter's lock to another on another core, which must be woken there and finds nothing of the work in
 its caches; on one core a call that does not wait gives nothing away.  Measured (docs/PERFORMANCE.md): twice the
 requests a second, on a quiet machine as on one whose cores are all busy.  Relays and engines are processes of their
 own, and run on all cores.
+
+The last one, as vLLM binds the threads of an engine on CPUs to the first cores and leaves the last to others: a core of
+which a thread never lets go is the worst to be on, however busy the others are.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ log = logging.getLogger("vllm_server.cores")
 ALL = frozenset(os.sched_getaffinity(0))    # when the daemon started: a user or a container may have left it only some
 
 BETTER = 0.25       # so much less of another core must be used by others before we move there
+ALIKE = 0.125       # cores that differ by no more count as used alike
 
 _lock = threading.Lock()
 _everywhere: set[int] = set()       # native ids of the threads that are left alone
@@ -65,12 +69,14 @@ class Use:
 def choose(ours: int | None, use: Use) -> int:
     """The core to run on from now."""
     others = use.by_others(ours)
-    best = min(others, key=lambda core: (others[core], core))
-    return best if ours is None or others[ours] - others[best] >= BETTER else ours
+    least = min(others.values())
+    best = max(core for core, share in others.items() if share <= least + ALIKE)
+    return best if ours is None or best > ours or others[ours] - least >= BETTER else ours
 
 
 class Cores:
-    """`look(now)` once a second: it moves this process's threads when there is a better core for them."""
+    """`look(now)` once a second: it moves this process's threads when there is a better core for them.  The first time,
+    when nothing can be compared yet, the last one is taken to be."""
 
     def __init__(self, read: Callable[[], Mapping[int, float]] | None = None,
                  move: Callable[[Collection[int]], None] | None = None) -> None:
@@ -85,9 +91,8 @@ class Cores:
         if not self._able:
             return
         try:
-            if (use := self._use(now)) is None:
-                return
-            core = choose(self.core, use)
+            use = self._use(now)
+            core = choose(self.core, use) if use is not None else max(ALL) if self.core is None else self.core
             if core != self.core or self._again:
                 self._again = core != self.core
                 self.core = core
