@@ -135,8 +135,8 @@ def test_a_post_is_sent_again_only_if_nothing_was_done(status: int, retry_after_
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("status", "kind"), [(400, ServerError), (401, AuthenticationFailed), (403, PermissionDenied),
-                                              (404, NotFound), (409, Conflict), (429, TooManyRequests), (503, Unavailable),
-                                              (507, ServerError)])
+                                              (404, NotFound), (409, Conflict), (429, TooManyRequests),
+                                              (503, Unavailable), (507, ServerError)])
 def test_an_error_keeps_all_that_the_server_said(client: Any, status: int, kind: type[ServerError]) -> None:
     said = {"error": {"message": "what to do", "type": "t", "param": "model", "code": "c"}}
     with (Scripted([answer(status, json.dumps(said).encode())]) as server, client(server.url) as sdk,
