@@ -84,7 +84,7 @@ def test_one_of_two_servers_is_killed(daemon: RealDaemon, replicas: list[dict[st
     entries = ", ".join(f'{{ url = "http://127.0.0.1:{one["port"]}", max_concurrent_requests = 8 }}'
                         for one in replicas)
     (front.folder / "servers.toml").write_text(
-        f"[servers]\nservers = [{entries}]\n[config]\nhealth_check_interval = 1\nmax_retries = 3\n")
+        f"[servers]\nservers = [{entries}]\n[config]\nhealth_check_interval = 10\nmax_retries = 3\n")
     with front:
         def load() -> dict[str, dict[str, Any]]:
             return {one["url"].rpartition(":")[2]: one for one in front.get("/load-stats").json["servers"]}
