@@ -57,21 +57,17 @@ class Use:
     busy: Mapping[int, float]
     own: float
 
-    def by_others(self, ours: int | None) -> dict[int, float]:
-        """By core.  `ours`: the one that we were on; None: on all of them."""
-        if ours is not None:
-            return {core: max(0.0, share - self.own * (core == ours)) for core, share in self.busy.items()}
-        everything = sum(self.busy.values())
-        others = 1 - min(1.0, self.own / everything) if everything else 0.0
-        return {core: share * others for core, share in self.busy.items()}
+    def by_others(self, ours: int) -> dict[int, float]:
+        """By core.  `ours`: the one that we were on."""
+        return {core: max(0.0, share - self.own * (core == ours)) for core, share in self.busy.items()}
 
 
-def choose(ours: int | None, use: Use) -> int:
+def choose(ours: int, use: Use) -> int:
     """The core to run on from now."""
     others = use.by_others(ours)
     least = min(others.values())
     best = max(core for core, share in others.items() if share <= least + ALIKE)
-    return best if ours is None or best > ours or others[ours] - least >= BETTER else ours
+    return best if best > ours or others[ours] - least >= BETTER else ours
 
 
 class Cores:
@@ -92,7 +88,9 @@ class Cores:
             return
         try:
             use = self._use(now)
-            core = choose(self.core, use) if use is not None else max(ALL) if self.core is None else self.core
+            core = max(ALL) if self.core is None else self.core
+            if use is not None:
+                core = choose(core, use)
             if core != self.core or self._again:
                 self._again = core != self.core
                 self.core = core

@@ -72,6 +72,9 @@ ACTIVE = frozenset({State.STARTING, State.READY, State.FALLING_ASLEEP, State.SLE
 SERVED = frozenset({State.READY, State.FALLING_ASLEEP, State.SLEEPING, State.WAKING, State.STOPPING})
 """An engine that was in one of these had answered to its name before."""
 
+UNTOLD = {State.FALLING_ASLEEP: State.READY, State.WAKING: State.SLEEPING}
+"""What an engine does until it is told to do what its state says."""
+
 
 class Haste(IntEnum):
     """How a stop goes about it; it may grow while the stop is under way, never shrink."""

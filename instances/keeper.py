@@ -12,7 +12,7 @@ from pathlib import Path
 
 from errors import DaemonError, EngineDied, EngineStopped, NoRoom
 from instances import probe, problems, sleeping
-from instances.instance import SERVED, Haste, Instance, Problem, State
+from instances.instance import SERVED, UNTOLD, Haste, Instance, Problem, State
 from instances.launcher import Engine, LaunchSpec
 from instances.log_file import prune_logs, read_tail
 from instances.resources import LOGS_KEPT, Resources
@@ -28,8 +28,6 @@ log = logging.getLogger("vllm_server.keeper")
 
 STEP_S = {State.STARTING: 0.1, State.READY: 0.25, State.FALLING_ASLEEP: 0.02, State.SLEEPING: 0.25,
           State.WAKING: 0.02, State.BACKOFF: 0.1, State.STOPPING: 0.05}
-TOLD = (State.FALLING_ASLEEP, State.WAKING)
-UNTOLD = {State.FALLING_ASLEEP: State.READY, State.WAKING: State.SLEEPING}      # what it does before it is told
 SEEK_STEP_S = 0.25          # while it seeks room: all devices are read each time
 WAIT_STEP_S = 0.1           # while it waits for memory to come free, or for its turn
 HOUSEKEEPING_S = 5.0
@@ -59,7 +57,7 @@ class Keeper:
         self._engine = engine
         self._was = was
         self._served = engine is not None and was in SERVED
-        self._told = was in TOLD                # to do what its state says: until then its engine does what it did
+        self._told = engine is not None and was in UNTOLD       # to do what its state says
         self._remains = remains
         self._holds_nothing = False         # no process, port or turn, and no request on its connections
         self._waits = False
@@ -216,17 +214,12 @@ class Keeper:
             self._tenancy.learn_start(held, self._start_watch.facts(), seconds, now)
 
     def _adopted_state(self) -> State:
-        """What the engine of an earlier daemon is doing.
-
-        One that was told to sleep or to wake when that daemon died is told so again, and then knows of no other.
-        """
-        assert self._instance.port is not None
+        """What the engine of an earlier daemon does; one that was told to sleep or to wake is told so again."""
         if self._told:
             return self._was
-        if self._instance.spec.sleep_level and probe.says_it_sleeps(
-                probe.wait(probe.is_sleeping(self._instance.port))):
-            return State.SLEEPING
-        return State.READY
+        assert self._instance.port is not None
+        asleep = self._instance.spec.sleep_level and sleeping.is_asleep(self._instance.port)
+        return State.SLEEPING if asleep else State.READY
 
     def _watch_ready(self) -> None:
         """It serves from now on: look after it."""
@@ -308,7 +301,8 @@ class Keeper:
             return
         if not self._talk.poll(now):
             return
-        problem = self._hear(self._talk)
+        problem = self._talk.problem
+        self._stop_talk()
         if problem is None:
             assert self._engine is not None
             problem = self._tenancy.fell_asleep(self._engine.pids(), now)
@@ -359,7 +353,8 @@ class Keeper:
                 self._resources.settings.probe_timeout_s), now)
         if not self._talk.poll(now):
             return
-        problem = self._hear(self._talk)
+        problem = self._talk.problem
+        self._stop_talk()
         if problem is None:
             self._measure(now)
             self._tenancy.woke(now - self._woken_at, now)
@@ -374,11 +369,6 @@ class Keeper:
         self._told = True
         self._save(now)
 
-    def _hear(self, talk: Talk) -> str | None:
-        """It has done so, or why not."""
-        self._talk, self._told = None, False
-        return talk.problem
-
     def _stop_watchdog(self) -> None:
         if self._watchdog is not None:
             self._watchdog.close()
@@ -387,7 +377,7 @@ class Keeper:
     def _stop_talk(self) -> None:
         if self._talk is not None:
             self._talk.close()
-            self._talk = None
+        self._talk, self._told = None, False
 
     # --- failing --------------------------------------------------------------------------------------------------
 
@@ -429,7 +419,6 @@ class Keeper:
             self._health = None
         self._stop_watchdog()
         self._stop_talk()
-        self._told = False
         self._registry.cut_leases(self._instance, error)
         gone = self._engine is None or self._engine.destroy()
         if gone or self._instance.state is not State.BACKOFF:

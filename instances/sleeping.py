@@ -64,6 +64,11 @@ class Talk:
             self._question, self.ended, self.problem = None, True, end.value
 
 
+def is_asleep(port: int) -> bool:
+    """Blocks for its answer."""
+    return probe.says_it_sleeps(probe.wait(probe.is_sleeping(port)))
+
+
 def put_to_sleep(port: int, level: int, settled: Callable[[], bool]) -> Script:
     """`settled`: whether the memory of its devices stands still again."""
     if problem := (yield from _ask("sleep", probe.sleep(port, level))):

@@ -439,6 +439,24 @@ def test_one_that_sleeps_is_found_so_by_the_daemon_after_the_next(world: World) 
     assert world.view(view).state is State.SLEEPING
 
 
+def test_what_a_dead_engine_was_told_is_not_what_the_next_one_does(world: World) -> None:
+    world.devices.devices = (cuda(0),)
+    view, engine = sleepy(world, params={"gpu_memory_utilization": 0.3})
+    engine.sleep_status = None
+    world.manager.sleep(view.id)
+    world.step(0.1)
+    engine.alive = False
+    taken_over(world, engine, view)
+    world.engine(view).health = 200
+    world.step(0.1, times=3)
+    assert world.view(view).state is State.READY
+    world.loading("org/other", params={"gpu_memory_utilization": 0.3})      # it has the turn
+    world.manager.sleep(view.id)
+    world.step(0.1, times=3)
+    record = world.record(view)
+    assert world.view(view).state is State.FALLING_ASLEEP and record is not None and record["state"] == "ready"
+
+
 def test_one_that_was_told_to_wake_goes_on_with_it(world: World) -> None:
     view, engine = asleep(world)
     engine.wake_status = None

@@ -34,8 +34,8 @@ def test_kept_instances_are_adopted_by_the_next_daemon(daemon: RealDaemon, model
     assert [(one["id"], one["pid"]) for one in after] == [(one["id"], one["pid"]) for one in before]
 
 
-def test_a_stop_with_open_streams_ends_in_time_and_leaves_nothing(daemon: RealDaemon, models: Models,
-                                                                  note: Callable[[str], None]) -> None:
+def test_a_stop_with_open_streams_tells_all_and_leaves_nothing(daemon: RealDaemon, models: Models,
+                                                               note: Callable[[str], None]) -> None:
     (tiny,) = daemon.ready(models.tiny)
     held = Footprint.of(daemon, tiny)
     assert len(held.left()) >= 4 + len(held.shared_memory) and held.shared_memory     # it sees what there is
