@@ -22,7 +22,7 @@ from instances.sockets import Listener
 from instances.start_watch import StartWatch
 from instances.store import Record
 from instances.tenancy import Tenancy
-from instances.watchdog import Verdict, Watchdog
+from instances.watchdog import HUNG, Watchdog
 
 log = logging.getLogger("vllm_server.keeper")
 
@@ -77,7 +77,7 @@ class Keeper:
         if self._remains is not None:
             self._remains()
             self._remains = None
-        steps: dict[State, Callable[[float], None]] = {
+        steps: dict[State, Callable[[float], object]] = {
             State.STARTING: self._start, State.READY: self._watch, State.FALLING_ASLEEP: self._fall_asleep,
             State.SLEEPING: self._rest, State.WAKING: self._wake_up, State.BACKOFF: self._back_off,
             State.STOPPING: self._stop}
@@ -86,7 +86,8 @@ class Keeper:
         if state in steps:
             steps[state](now)
         else:   # failed, or failed and already deleted: its cause stays listed, but the next daemon need not know it
-            self._clean_up(self._death())
+            self._end_processes(self._death())
+            self._let_go()
             self._resources.forget(self._instance.id)
             return False
         if self._instance.state is State.STOPPED:
@@ -225,6 +226,7 @@ class Keeper:
         """It serves from now on: look after it."""
         assert self._instance.port is not None
         now = self._registry.clock()
+        self._stop_watchdog()
         self._housekeeping_at = now + HOUSEKEEPING_S
         self._watchdog = Watchdog(self._instance.port, self._instance.spec.names[0], now)
 
@@ -245,17 +247,19 @@ class Keeper:
 
     # --- ready ----------------------------------------------------------------------------------------------------
 
-    def _watch(self, now: float) -> None:
+    def _watch(self, now: float) -> bool:
+        """Whether all is well with it."""
         assert self._watchdog is not None
         if not self._lives(now):
-            return
+            return False
         settings = self._resources.settings
         verdict = self._watchdog.look(now, last_success=self._instance.last_success,
                                       interval_s=settings.probe_interval_s, timeout_s=settings.probe_timeout_s)
-        if verdict is Verdict.HANGS:
-            self._fail(problems.hung(self._instance.spec.model, settings.probe_timeout_s))
+        if verdict is not None and verdict in HUNG:
+            self._fail(problems.hung(self._instance.spec.model, verdict.value, settings.probe_timeout_s))
         elif verdict is not None:
             self._died(verdict.value)
+        return verdict is None
 
     def _lives(self, now: float) -> bool:
         """Whether its processes are all there; then its log and its figures are kept, too."""
@@ -290,14 +294,14 @@ class Keeper:
             self._watch(now)    # who is in flight may depend on it
             if instance.state is not State.FALLING_ASLEEP or self._drains_for_sleep(now):
                 return
-            self._stop_watchdog()
+            assert self._watchdog is not None and instance.port is not None
+            self._watchdog.ask_health_alone()
             self._tenancy.falls_asleep(adopted=self._told)
             self._tell(now)
-            assert instance.port is not None
             self._registry.note_phase(instance, "falling_asleep")
             self._talk = Talk(sleeping.put_to_sleep(
                 instance.port, instance.asleep_level, self._tenancy.settled()), now)
-        elif not self._lives(now):
+        elif not self._watch(now):
             return
         if not self._talk.poll(now):
             return
@@ -324,15 +328,15 @@ class Keeper:
             self._tenancy.end_turn()
         return True
 
-    def _rest(self, now: float) -> None:
-        """Nothing is asked of a sleeper: it would keep the question until it wakes."""
-        self._stop_watchdog()
-        self._lives(now)
+    def _rest(self, now: float) -> bool:
+        """Whether all is well with a sleeper, or one that is to wake."""
+        assert self._watchdog is not None
+        self._watchdog.ask_health_alone()
+        return self._watch(now)
 
     def _wake_up(self, now: float) -> None:
         instance = self._instance
-        self._stop_watchdog()
-        if not self._lives(now):
+        if not self._rest(now):
             return
         if self._talk is None:
             try:
@@ -408,12 +412,8 @@ class Keeper:
         problem = self._instance.last_error
         return EngineDied("the engine died") if problem is None else EngineDied(problem.message, code=problem.code)
 
-    def _clean_up(self, error: DaemonError) -> None:
-        """End the tree and what waits on it, then free port and devices."""
-        self._end_processes(error)
-        self._let_go()
-
     def _end_processes(self, error: DaemonError) -> bool:
+        """The tree, and what waits on it; whether all of it is gone."""
         if self._health is not None:
             self._health.close()
             self._health = None

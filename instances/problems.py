@@ -33,9 +33,8 @@ def of_listener(model: str, port: int, found: Listener) -> Problem | None:
     return None
 
 
-def hung(model: str, timeout_s: float) -> Problem:
-    return Problem("engine_hung", f"the engine of {model} hangs: a small request was not answered within "
-                                  f"{timeout_s:g} s and no tokens were made meanwhile; it is restarted")
+def hung(model: str, what: str, timeout_s: float) -> Problem:
+    return Problem("engine_hung", f"the engine of {model} hangs: {what} within {timeout_s:g} s; it is restarted")
 
 
 def of_death(model: str, what: str, log_tail: str) -> Problem:

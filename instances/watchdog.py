@@ -1,7 +1,8 @@
 """Finds an engine that hangs or is dead behind a server that still answers.
 
 Health is asked first, then a real request, unless real requests are being answered.  Under load the question may
-queue for long: tokens that are made meanwhile tell a busy engine from one that hangs.  Nothing here waits.
+queue for long: tokens that are made meanwhile tell a busy engine from one that hangs.  An engine that sleeps, or is on
+its way there or back, keeps real requests: it is asked for its health alone.  Nothing here waits.
 """
 
 from __future__ import annotations
@@ -17,9 +18,13 @@ REFUSALS = 3            # in a row: a server that takes no connections serves no
 
 
 class Verdict(Enum):
-    HANGS = "it hangs"
+    HANGS = "it answered no small request and made no tokens"
+    SILENT = "its server answered no GET /health"
     DEAD = "it reports that its engine is dead"
     CLOSED = "it takes no connections any more"
+
+
+HUNG = frozenset({Verdict.HANGS, Verdict.SILENT})      # within the time limit
 
 
 class Watchdog:
@@ -51,7 +56,13 @@ class Watchdog:
             return None
         self.close()
         verdict = self._heard(answer)
-        return None if verdict is Verdict.HANGS and last_success > self._began_at else verdict
+        return None if verdict in HUNG and last_success > self._began_at else verdict
+
+    def ask_health_alone(self) -> None:
+        """From now on, and no real request is open any more."""
+        if self._paths:
+            self.close()
+            self._paths, self._refusals = [], 0
 
     def close(self) -> None:
         if self._question is not None:
@@ -69,7 +80,7 @@ class Watchdog:
 
     def _heard_health(self, answer: Answer | None) -> Verdict | None:
         if answer is None:
-            return Verdict.HANGS
+            return Verdict.SILENT
         if answer.status == 503:
             return Verdict.DEAD
         self._refusals = self._refusals + 1 if answer.status == 0 else 0

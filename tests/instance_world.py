@@ -212,6 +212,8 @@ class FakeProbe:
     def __init__(self, port: int, method: str, path: str, body: dict[str, Any] | None = None) -> None:
         self._engine = next((one for one in self.world.engines if one.alive and one.port == port), None)
         self._question = method, path
+        if path.startswith("/sleep?"):      # with mode=wait: it would wait for our own question
+            assert not any(one._engine is self._engine and one._question[1] in probe.INFERENCE for one in self.open)
         self.open.add(self)
 
     def poll(self) -> probe.Answer | None:

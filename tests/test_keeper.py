@@ -510,6 +510,7 @@ def test_a_hung_engine_is_found_and_restarted(probing: World) -> None:
     probing.step(times=2)
     found = probing.view(view)
     assert found.last_error is not None and (found.last_error.code, found.state) == ("engine_hung", State.BACKOFF)
+    assert "it answered no small request and made no tokens within 60 s" in found.last_error.message
     probing.step(1.5)
     assert codes == ["engine_hung"] and not engine.alive
     probing.step(1.0, times=2)

@@ -145,7 +145,7 @@ def test_health_that_is_not_answered_is_a_hang(watched: Watched) -> None:
     watched.server.answers["/health"] = None
     watched.look(30.0)
     assert watched.look(59.0) is None
-    assert watched.look(2.0) is Verdict.HANGS
+    assert watched.look(2.0) is Verdict.SILENT
 
 
 def test_a_server_that_says_so_is_dead(watched: Watched) -> None:
@@ -189,6 +189,21 @@ def test_a_runner_that_can_none_of_it_is_asked_for_health_only(watched: Watched)
     assert watched.server.asked[asked:] == ["/health"]
 
 
+def test_for_its_health_alone_no_other_question_stays_open(watched: Watched) -> None:
+    watched.server.answers["/v1/completions"] = None
+    watched.look(30.0, times=1)
+    watched.look(times=3)
+    assert watched.server.open == 1
+    watched.dog.ask_health_alone()
+    assert watched.server.open == 0
+    asked = len(watched.server.asked)
+    assert watched.look(30.0, times=10) is None
+    watched.dog.ask_health_alone()      # as often as one likes: what is open stays so
+    assert set(watched.server.asked[asked:]) == {"/health"}
+    watched.server.answers["/health"] = None
+    assert watched.look(30.0, times=4) is Verdict.SILENT
+
+
 @pytest.mark.parametrize("answer", [Answer(500), Answer(401), REFUSED])
 def test_an_error_is_an_answer(watched: Watched, answer: Answer) -> None:
     watched.server.answers["/v1/completions"] = answer
@@ -213,4 +228,4 @@ def test_what_could_not_be_asked_says_nothing_of_the_engine(
     assert watched.look(3600.0, times=5) is None
     monkeypatch.setattr(probe.Probe, "sent", True)
     assert watched.look(59.0) is None
-    assert watched.look(2.0) is Verdict.HANGS       # its time began when it was asked
+    assert watched.look(2.0) is Verdict.SILENT      # its time began when it was asked

@@ -23,6 +23,7 @@ from tests.chaos.world import MODELS, World
 from tests.nvml import COMPILER, NO_COMPILER
 
 LOG_LINES = 150
+BROKEN_CHARACTERS = 600
 
 
 def main() -> int:
@@ -70,6 +71,8 @@ def run(seed: int, seconds: float, clients: int, kinds: list[str], again: str, g
         say(f"BROKEN at the end:\n{traceback.format_exc()}")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    for text in broken:     # once more, where one looks first
+        say(f"BROKEN: {text[:BROKEN_CHARACTERS]}")
     say(f"{'BROKEN' if broken else 'all held'} after {time.monotonic() - began:.0f} s; again with: {again}")
     return 1 if broken else 0
 

@@ -344,8 +344,8 @@ def pause_engine(world: World, dice: random.Random) -> Generator[str, None, None
 
 @fault(Group.ENGINE, (0.0, 0.5), "engine", "engine_hung", from_strike=True)
 def hang_engine(world: World, dice: random.Random) -> Generator[str, None, None]:
-    """SIGSTOP of an engine that nobody wakes: it is found and ended."""
-    victim = world.victim(dice, "ready")
+    """SIGSTOP of an engine that nobody wakes, of one that sleeps too: it is found and ended."""
+    victim = world.victim(dice, "ready", "sleeping")
     if victim is None:
         yield SKIPPED
         return
@@ -370,7 +370,13 @@ def hang_requests(world: World, dice: random.Random) -> Generator[str, None, Non
 
 
 def _wait_gone(world: World, victim: Victim) -> None:
-    wait_until(lambda: world.daemon.exited() or not victim.members())
+    """Not while another fault of the same step holds the worker still: nobody would find the engine."""
+    def held() -> bool:
+        pid = world.worker()
+        process = None if pid is None else processes.read_process(pid)
+        return process is not None and process.stopped
+
+    wait_until(lambda: world.daemon.exited() or not victim.members() or held())
 
 
 # --- the machine ----------------------------------------------------------------------------------------------------
