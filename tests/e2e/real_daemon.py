@@ -86,7 +86,13 @@ class RealDaemon(Daemon):
         return [self.wait_ready(one["id"]) for one in begun]
 
     def wait_ready(self, instance_id: str) -> dict[str, Any]:
-        wait_until(lambda: self.instance(instance_id)["status"] in ("ready", "failed"), LOAD_S)
+        """Also where a test before killed it, and the daemon has not noticed yet."""
+        def settled() -> dict[str, Any] | None:
+            found: dict[str, Any] = self.instance(instance_id)
+            process = processes.read_process(found["pid"]) if found["status"] == "ready" else None
+            return found if found["status"] == "failed" or (process is not None and not process.zombie) else None
+
+        wait_until(settled, LOAD_S)
         found = self.instance(instance_id)
         assert found["status"] == "ready", found["last_error"]
         return found

@@ -56,7 +56,7 @@ def test_a_stop_with_open_streams_tells_all_and_leaves_nothing(daemon: RealDaemo
         reader.join()
         (rest, cut), = received
         error = last_error(rest)
-        assert cut or error is not None, rest[-500:]
+        assert cut or error is not None, (took_s, rest[-500:])
         assert error is None or error["code"] == "engine_stopped"
         told = plain.getresponse()
         assert (told.status, json.loads(told.read())["error"]["code"]) == (503, "engine_stopped")
