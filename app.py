@@ -26,6 +26,7 @@ from configuration.file_watch import FileWatch
 from configuration.openness import left_open
 from errors import BadRequest, ConfigError, DaemonError, MethodNotAllowed, NotFound, Unauthorized
 from instance_manager import InstanceManager
+from instances.cores import go_first
 from instances.launcher import wait_until
 from instances.loop import Loop
 from instances.resources import is_simulated
@@ -273,6 +274,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"vllm-server: STATE_DIR {settings.state_dir} cannot be used: {error.strerror or error}")
     check_address(settings.host, settings.port)
     raise_file_limit()
+    if settings.realtime:
+        go_first()
     Server(settings, lambda: Daemon(settings, state_dir, arguments, watch).service(),
            lambda address: banner(settings, address), notifier).run()
 

@@ -68,6 +68,7 @@ class Settings:
     debug: bool
     threads: int
     one_core: bool
+    realtime: bool
     keepalive_s: int
     max_connections: int
     backlog: int                             # requests that wait for a thread

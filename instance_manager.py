@@ -39,9 +39,9 @@ log = logging.getLogger("vllm_server.manager")
 
 REAPER_STEP_S = 0.5
 LAST_TICK_S = 20.0    # a keeper's step blocks no longer than it takes to kill a tree
-FIXED = ("host", "port", "threads", "one_core", "keepalive_s", "max_connections", "relays", "access_log", "base_port",
-         "state_dir", "keep_instances", "log_level", "debug", "shutdown_grace_s", "command", "max_request_bytes",
-         "body_memory_bytes", "backlog")
+FIXED = ("host", "port", "threads", "one_core", "realtime", "keepalive_s", "max_connections", "relays", "access_log",
+         "base_port", "state_dir", "keep_instances", "log_level", "debug", "shutdown_grace_s", "command",
+         "max_request_bytes", "body_memory_bytes", "backlog")
 """Settings that a reload leaves as they were at the start."""
 
 

@@ -147,6 +147,9 @@ SETTINGS: tuple[Setting, ...] = (
             "Most requests handled at once, beside those that wait for a model"),
     Setting(SERVER, "APP_ONE_CORE", "one_core", "true", _boolean,
             "Run the daemon's own threads on one core, the least used; engines and relays run on all"),
+    Setting(SERVER, "APP_REALTIME", "realtime", "true", _boolean,
+            "Run the daemon's own threads before all other programs, engines too, where the system allows it "
+            "(SCHED_RR)"),
     Setting(SERVER, "APP_KEEPALIVE", "keepalive_s", "75", _whole(0, _LONGEST_WAIT_S),
             "Seconds an idle client connection stays open"),
     Setting(SERVER, "APP_MAX_CONNECTIONS", "max_connections", "12000", _COUNT, "Most client connections at once"),

@@ -1,4 +1,5 @@
-"""Where the daemon's threads run: all on one core, the last of those that others use least.
+"""Where the daemon's threads run, and before whom: all on one core, the last of those that others use least, and there
+before all other programs.
 
 Only one thread of a Python process runs at a time.  Where the system spreads threads over cores, each system call of
 one gives the interpreter's lock to another on another core, which must be woken there and finds nothing of the work in
@@ -8,6 +9,9 @@ own, and run on all cores.
 
 The last one, as vLLM binds the threads of an engine on CPUs to the first cores and leaves the last to others: a core of
 which a thread never lets go is the worst to be on, however busy the others are.
+
+Before all others, as those who wait for their turn would have everyone wait who asks them: a proxy, and who is to stop
+what keeps the machine busy.  sched(7): of real-time threads the lowest, which no engine is.
 """
 
 from __future__ import annotations
@@ -27,6 +31,8 @@ log = logging.getLogger("vllm_server.cores")
 
 ALL = frozenset(os.sched_getaffinity(0))    # when the daemon started: a user or a container may have left it only some
 
+REALTIME = (os.SCHED_RR, os.SCHED_FIFO)
+
 BETTER = 0.25       # so much less of another core must be used by others before we move there
 ALIKE = 0.125       # cores that differ by no more count as used alike
 
@@ -35,18 +41,44 @@ _everywhere: set[int] = set()       # native ids of the threads that are left al
 _place: Collection[int] = ALL       # where all others are to be
 
 
+def go_first() -> None:
+    """Threads and processes that the caller starts inherit it, but for those in `everywhere`.  Where the system does
+    not allow it, that is said, and all stays as it is."""
+    if os.sched_getscheduler(0) in REALTIME:        # it was started so, by chrt or systemd
+        return
+    try:
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(os.sched_get_priority_min(os.SCHED_RR)))
+    except OSError as error:
+        log.info("the daemon waits for its turn among other programs: real-time priority is refused (%s); "
+                 "docs/OPERATIONS.md says how to allow it", error.strerror or error)
+
+
+def hurry(pid: int, on: bool) -> None:
+    """Have a process of ours go before others for a while, as the daemon does; nothing where that does not."""
+    if os.sched_getscheduler(0) not in REALTIME:
+        return
+    policy = os.SCHED_RR if on else os.SCHED_OTHER
+    with contextlib.suppress(OSError):      # it has ended, or must not
+        os.sched_setscheduler(pid, policy, os.sched_param(os.sched_get_priority_min(policy)))
+
+
 @contextlib.contextmanager
 def everywhere() -> Iterator[None]:
-    """What the calling thread starts meanwhile may run on all cores; a process inherits that from the thread."""
-    thread = threading.get_native_id()
+    """What the calling thread starts meanwhile may run on all cores, and goes before nobody; a process inherits both
+    from the thread."""
+    thread, policy, param = threading.get_native_id(), os.sched_getscheduler(0), os.sched_getparam(0)
     with _lock, contextlib.suppress(OSError):       # a container's cores were changed: it has what is left
         _everywhere.add(thread)
+        if policy in REALTIME:
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
         os.sched_setaffinity(0, ALL)
     try:
         yield
     finally:
         with _lock, contextlib.suppress(OSError):
             _everywhere.discard(thread)
+            if policy in REALTIME:
+                os.sched_setscheduler(0, policy, param)
             os.sched_setaffinity(0, _place)
 
 

@@ -12,6 +12,7 @@ import errno
 import getpass
 import logging
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -233,13 +234,17 @@ def _run(spec: LaunchSpec, output: int, run_dir: str) -> subprocess.Popen[bytes]
     env = {**ours, **compile_cache(), **spec.env, **ours}
     try:
         with cores.everywhere():
-            return subprocess.Popen(list(spec.argv), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                                    env=env, start_new_session=True)
+            child = subprocess.Popen(list(spec.argv), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                                     env=env, start_new_session=True)
     except OSError as error:
         what = f"the engine's command {spec.argv[0]!r} cannot be run: {error.strerror or error}"
         if error.errno in PASSING:
             raise LaunchRefused(what) from error
         raise LaunchError(f"{what}; set VLLM_COMMAND to the vllm program") from error
+    # The daemon may go before all others (instances/cores.py), the code that a model brings along may not.
+    with contextlib.suppress(OSError):      # it has ended, or its command changes the user, who has limits of his own
+        resource.prlimit(child.pid, resource.RLIMIT_RTPRIO, (0, 0))
+    return child
 
 
 def engine_environment(instance_id: str, run_dir: str) -> dict[str, str]:

@@ -172,6 +172,7 @@ class _Relay:
         self._pid: int | None = None
         self._up = False
         self._open: dict[int, OnEnd] = {}
+        self._cutting: set[int] = set()  # and not heard of yet: meanwhile the process goes before others
         self._ending = threading.Event()
         self._handed_over = 0
         self._restarts = 0
@@ -218,12 +219,17 @@ class _Relay:
     def cut(self, exchange_id: int, reason: bytes) -> bool:
         """Is (or was a moment ago) it this one's?"""
         with self._lock:
-            if exchange_id not in self._open or self._control is None:
+            self._cutting.add(exchange_id)  # before the look: who ends in between is taken out by `_tell`
+            if exchange_id not in self._open or self._control is None or self._pid is None:
+                self._cutting.discard(exchange_id)
                 return False
             try:
                 self._control.send(cut_message(exchange_id, reason))
             except OSError as error:
                 log.warning("%s (pid %s) could not be told to cut a stream: %s", self._name, self._pid, error)
+                self._cutting.discard(exchange_id)
+            else:
+                cores.hurry(self._pid, True)  # an engine that is to be stopped may have all cores, and waits for it
             return True
 
     def end(self) -> None:
@@ -232,6 +238,8 @@ class _Relay:
         with self._lock:
             if self._control is not None:
                 _shut(self._control)
+            if self._pid is not None:
+                cores.hurry(self._pid, True)
 
     def join(self) -> None:
         if not self._thread.is_alive():
@@ -302,6 +310,7 @@ class _Relay:
             self._control = None
             control.close()
             left, self._open = self._open, {}
+            self._cutting.clear()
         self._kill()
         pid, self._pid = self._pid, None
         if pid is not None:
@@ -321,6 +330,11 @@ class _Relay:
 
     def _tell(self, end: Ended) -> None:
         on_end = self._open.pop(end.id, None)
+        if self._cutting:
+            with self._lock:
+                self._cutting.discard(end.id)
+                if not self._cutting and self._pid is not None:
+                    cores.hurry(self._pid, False)
         if on_end is not None:
             self._call(on_end, end)
 

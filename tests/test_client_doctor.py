@@ -118,6 +118,16 @@ def test_small_memory_is_seen(tmp_path: Path) -> None:
     assert checks.shared_memory(tmp_path / "none").verdict is Verdict.WARN
 
 
+def test_whether_the_daemon_may_go_first_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert checks.priority(False).verdict is Verdict.SKIP
+    policy = os.sched_getscheduler(0)
+    assert checks.priority(True).verdict in (Verdict.OK, Verdict.WARN) and os.sched_getscheduler(0) == policy
+    for outcome, verdict in (("pass", Verdict.OK), ("raise PermissionError", Verdict.WARN)):
+        monkeypatch.setattr(checks, "GO_FIRST", outcome)
+        assert checks.priority(True).verdict is verdict
+    assert "LimitRTPRIO" in checks.priority(True).advice
+
+
 def test_full_disks_and_offline_hubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     for free, verdict in ((1 << 30, Verdict.FAIL), (10 << 30, Verdict.WARN), (100 << 30, Verdict.OK)):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -153,8 +156,109 @@ def test_new_threads_are_where_the_others_are(one_core: int) -> None:
     assert found == [{one_core}]
 
 
+FIRST = """
+import logging, os, subprocess, sys, threading
+sys.path.insert(0, sys.argv[1])
+from instances.cores import everywhere, go_first
+
+SAYS = [sys.executable, "-c", "import os; print(os.sched_getscheduler(0))"]
+logging.basicConfig(level=logging.INFO)
+go_first()
+child = lambda: int(subprocess.run(SAYS, capture_output=True, check=True).stdout)
+threads = []
+thread = threading.Thread(target=lambda: threads.append(os.sched_getscheduler(0)))
+thread.start()
+thread.join()
+with everywhere():
+    inside = child()
+print(threads[0], inside, os.sched_getscheduler(0), os.sched_getparam(0).sched_priority)
+"""
+
+
+def go_first(*before: str) -> subprocess.CompletedProcess[str]:
+    command = [*before, sys.executable, "-c", FIRST, str(CHECKOUT)]
+    return subprocess.run(command, capture_output=True, text=True, check=True)
+
+
+def allows_realtime() -> bool:
+    """A thread's priority is its own."""
+    allowed: list[bool] = []
+
+    def tries() -> None:
+        with contextlib.suppress(PermissionError):
+            os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+            allowed.append(True)
+    thread = threading.Thread(target=tries)
+    thread.start()
+    thread.join()
+    return allowed == [True]
+
+
+realtime = pytest.mark.skipif(not allows_realtime(), reason="the system does not allow real-time priorities")
+
+
+@realtime
+def test_who_goes_first_takes_its_threads_along_and_no_engine() -> None:
+    assert go_first().stdout.split() == [str(os.SCHED_RR), str(os.SCHED_OTHER), str(os.SCHED_RR), "1"]
+
+
+@realtime
+@pytest.mark.skipif(shutil.which("chrt") is None, reason="there is no chrt")
+def test_a_priority_that_the_daemon_was_started_with_stays() -> None:
+    assert go_first("chrt", "--fifo", "3").stdout.split() == [
+        str(os.SCHED_FIFO), str(os.SCHED_OTHER), str(os.SCHED_FIFO), "3"]
+
+
+@realtime
+@pytest.mark.parametrize(("ours", "hurried"), [(os.SCHED_RR, os.SCHED_RR), (os.SCHED_OTHER, os.SCHED_OTHER)])
+def test_a_process_is_hurried_by_who_goes_first_himself(ours: int, hurried: int) -> None:
+    seen: list[int] = []
+
+    def hurries(pid: int) -> None:
+        os.sched_setscheduler(0, ours, os.sched_param(os.sched_get_priority_min(ours)))
+        for on in (True, False):
+            cores.hurry(pid, on)
+            seen.append(os.sched_getscheduler(pid))
+
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        thread = threading.Thread(target=hurries, args=(child.pid,))    # whose priority is its own
+        thread.start()
+        thread.join()
+        child.communicate(b"\n")
+    assert seen == [hurried, os.SCHED_OTHER]
+    cores.hurry(child.pid, True)        # nobody is there any more
+
+
+def test_where_nobody_may_go_first_that_is_said_and_nothing_changes(monkeypatch: pytest.MonkeyPatch,
+                                                                    caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(os, "sched_setscheduler", refused)
+    with caplog.at_level(logging.INFO):
+        cores.go_first()
+        with everywhere():      # which has nothing to take back
+            pass
+    assert [record.levelname for record in caplog.records] == ["INFO"] and "docs/OPERATIONS.md" in caplog.text
+
+
 def allowed(pid: int) -> set[frozenset[int]]:
     return {frozenset(os.sched_getaffinity(int(task.name))) for task in Path(f"/proc/{pid}/task").iterdir()}
+
+
+def policies(pid: int) -> set[int]:
+    return {os.sched_getscheduler(int(task.name)) for task in Path(f"/proc/{pid}/task").iterdir()}
+
+
+@pytest.mark.whole
+@realtime
+@pytest.mark.parametrize(("setting", "policy"), [("true", os.SCHED_RR), ("false", os.SCHED_OTHER)])
+def test_a_daemon_goes_first_and_its_engines_and_relays_do_not(tmp_path: Path, setting: str, policy: int) -> None:
+    with Daemon(tmp_path, {"APP_REALTIME": setting}) as daemon:
+        worker = psutil.Process(daemon.worker_pid)
+        engine = daemon.create("m")["pid"]
+        assert daemon.post("/v1/completions", {"model": "m", "prompt": "x", "max_tokens": 1}).status == 200
+        assert policies(worker.pid) == policies(worker.ppid()) == {policy}
+        children = [child.pid for child in worker.children()]
+        assert engine in children and len(children) > 1     # and a relay
+        assert all(policies(pid) == {os.SCHED_OTHER} for pid in children)
 
 
 @pytest.mark.whole

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import secrets
 import signal
 import socket
@@ -170,6 +171,21 @@ def test_an_engine_has_a_session_a_log_and_a_folder_of_its_own(tree: Tree) -> No
     assert tree.log_path.stat().st_mode & 0o777 == 0o600
     assert engine.destroy()
     assert tree.nothing_left(engine)
+
+
+@pytest.mark.parametrize("error", [None, PermissionError, ProcessLookupError])
+def test_an_engine_may_not_go_before_others_though_the_daemon_may(tree: Tree, monkeypatch: pytest.MonkeyPatch,
+                                                                  error: type[OSError] | None) -> None:
+    """By limit.  Where none can be set, the engine runs all the same, and is known."""
+    asked: list[tuple[object, ...]] = []
+
+    def prlimit(*arguments: object) -> None:
+        asked.append(arguments)
+        if error is not None:
+            raise error
+    monkeypatch.setattr(resource, "prlimit", prlimit)
+    engine = tree.launch("plain")
+    assert engine.running() and asked == [(engine.pid, resource.RLIMIT_RTPRIO, (0, 0))]
 
 
 def test_the_first_variable_is_one_that_nobody_sets_anew(tree: Tree) -> None:

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from instances import cores
 from routing.framing import CHUNKED, EOF, TUNNEL, Framing, content_length
 from routing.relay_process import CHILD, Ended, Relays, RelayUnavailable, _Relay
 from routing.relay_wire import (
@@ -228,6 +229,18 @@ def test_streams_are_spread_over_the_processes() -> None:
 
 
 # --- deaths --------------------------------------------------------------------------------------------------------
+
+def test_who_is_to_cut_goes_first_until_that_is_done(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, bool]] = []
+    monkeypatch.setattr(cores, "hurry", lambda pid, on: asked.append((pid, on)))
+    pid, ids = running.pid(), [running.open()[0] for _ in range(3)]
+    for exchange_id in ids[:2]:
+        running.relays.cut(exchange_id)
+        running.end_of(exchange_id)
+    running.relays.cut(ids[0])      # it is over already
+    wait_until(lambda: asked.count((pid, False)) == 2)
+    assert asked == [(pid, True), (pid, False)] * 2
+
 
 def test_a_killed_process_cuts_its_streams_visibly_and_is_replaced(running: Running) -> None:
     pid = running.pid()

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -24,6 +25,8 @@ from vllm_server_client.errors import AuthenticationFailed, BadAnswer, Permissio
 ENGINE_TIMEOUT_S = 120.0    # `vllm --version` imports torch
 DRIVER_TIMEOUT_S = 30.0
 HUB_TIMEOUT_S = 8.0
+PRIORITY_TIMEOUT_S = 60.0
+GO_FIRST = "import os; os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(os.sched_get_priority_min(os.SCHED_RR)))"
 GIB = 1 << 30
 DISK_FAIL_BYTES, DISK_WARN_BYTES = 2 * GIB, 20 * GIB
 STATE_WARN_BYTES = GIB // 2
@@ -224,6 +227,19 @@ def open_files() -> Finding:
     low = not unlimited and hard < FILES_WARN
     return Finding("open files", Verdict.WARN if low else Verdict.OK, f"limit {'none' if unlimited else hard}",
                    "one for each connection: raise it (ulimit -n, LimitNOFILE= in the unit)" if low else "")
+
+
+def priority(wanted: bool) -> Finding:
+    """Asked of the system by a process that ends at once: limits and capabilities do not tell all of it."""
+    if not wanted:
+        return Finding("priority", Verdict.SKIP, "APP_REALTIME is off: the daemon waits for its turn among others")
+    tried = subprocess.run([sys.executable, "-I", "-S", "-c", GO_FIRST], capture_output=True, text=True, check=False,
+                           timeout=PRIORITY_TIMEOUT_S)
+    if tried.returncode == 0:
+        return Finding("priority", Verdict.OK, "the daemon may go before other programs")
+    return Finding("priority", Verdict.WARN,
+                   "real-time priority is refused: what keeps the machine busy slows the daemon down",
+                   "allow it (ulimit -r 1, LimitRTPRIO=1 in the unit): docs/OPERATIONS.md")
 
 
 def hub(endpoint: str, environ: Mapping[str, str]) -> Finding:

@@ -26,7 +26,7 @@ SERVER_TIMEOUT_S = 10.0
 @click.option("--offline", is_flag=True, help="Do not ask the model hub.")
 @click.pass_context
 def doctor(context: click.Context, offline: bool) -> None:
-    """Check engine, GPU and driver, ports, disks, hub and settings.
+    """Check engine, GPU and driver, ports, disks, priority, hub and settings.
 
     Exit code 1 when a check fails.  For a server on another machine only the server itself is checked.
     """
@@ -83,6 +83,7 @@ def _here(terminal: Terminal, offline: bool, served_port: int | None) -> Iterato
         yield checks.state_disk(Path(values["STATE_DIR"]))
     for check in (checks.driver, checks.host_memory, checks.shared_memory, checks.open_files):
         yield check()
+    yield checks.priority(bool(values.get("APP_REALTIME", True)))
     environ = {name: str(value) for name, value in values.items() if value is not None} | dict(os.environ)
     yield checks.model_disk(Path(environ.get("HF_HOME", "~/.cache/huggingface")).expanduser())
     if not offline:
