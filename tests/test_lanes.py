@@ -86,7 +86,7 @@ def test_a_system_that_grants_no_more_threads_leaves_those_there_are(monkeypatch
     done: list[int] = []
     threads: Threads[int] = Threads(8, done.append)
     threads.submit(0)
-    wait_until(lambda: done == [0] and threads._idle == 1)
+    wait_until(lambda: done == [0] and len(threads._idle) == 1)
     start = threading.Thread.start
 
     def refuse(thread: threading.Thread) -> None:

@@ -37,10 +37,25 @@ def test_one_request_at_a_time_takes_one_thread() -> None:
     for job in range(50):
         threads.submit(job)
         wait_until(lambda job=job: len(done) == job + 1)
-        wait_until(lambda: threads._idle == threads.count)
+        wait_until(lambda: len(threads._idle) == threads.count)
     assert done == list(range(50))
     assert threads.count <= 2
     end(threads)
+
+
+def test_the_thread_that_became_idle_last_gets_the_next_job() -> None:
+    blocked, names = Blocked(most=8), list[str]()
+    for job in range(8):
+        blocked.threads.submit(job)
+    wait_until(lambda: blocked.running == 8)
+    blocked.gate.set()
+    wait_until(lambda: len(blocked.threads._idle) == 8)
+    blocked.threads._run = lambda job: names.append(threading.current_thread().name)
+    for job in range(20):
+        blocked.threads.submit(job)
+        wait_until(lambda job=job: len(names) == job + 1 and len(blocked.threads._idle) == 8)
+    assert len(set(names)) == 1
+    end(blocked.threads)
 
 
 def test_threads_that_only_wait_keep_nobody_out() -> None:
@@ -92,7 +107,7 @@ def test_idle_threads_that_have_not_got_the_processor_yet_are_not_added_to() -> 
     blocked.gate.set()
     for job in range(CORE):
         blocked.threads.submit(job)
-    wait_until(lambda: blocked.done == CORE and blocked.threads._idle == blocked.threads.count)
+    wait_until(lambda: blocked.done == CORE and len(blocked.threads._idle) == blocked.threads.count)
     before = blocked.threads.count
     blocked.threads.submit(1)
     blocked.threads.grow(1.0)
