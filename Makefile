@@ -68,8 +68,8 @@ fuzz: .venv/dev.stamp           ## look for input that breaks its readers, guide
 	$(PY) -m pip install -q 'atheris>=3,<4'
 	$(PY) -m tests.fuzz --seconds $$(($(or $(MINUTES),60) * 60))
 
-bench: .venv/dev.stamp          ## the proxy's speed beside direct access and other proxies
-	$(PY) benchmarks/run.py
+bench: .venv/dev.stamp          ## the proxy's speed beside direct access and other proxies; JSON=FILE: its samples
+	$(PY) benchmarks/run.py $(if $(JSON),--json $(JSON))
 
 clean:          ## remove what the above left in the checkout (the engine's cache folder stays)
 	rm -rf .venv build benchmarks/build .pytest_cache .mypy_cache .ruff_cache .hypothesis
