@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
-from flask import Flask, Request, Response, request
+from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException
 from werkzeug.routing import RequestRedirect
 
@@ -33,7 +33,9 @@ from instances.resources import is_simulated
 from instances.store import StateDir
 from router import Router
 from routing import paths, request_id
+from routing.incoming import Incoming
 from routing.observed import ABOUT
+from routing.reply import Reply
 from routing.upstream import ClientLeft
 from web import admin, auth, cors, live, metrics, models, openapi, page
 from web.audit import AuditLog
@@ -73,7 +75,12 @@ def create_app(deps: Deps) -> Flask:
                           about=about, metrics=metrics.registry_of(deps.manager, deps.router, about))
     steps = _steps(deps, app)
     app.before_request(lambda: steps.before(request))
-    app.after_request(lambda response: steps.after(request, response))
+
+    @app.after_request
+    def after(response: Response) -> Response:
+        steps.after(request, response)
+        return response
+
     app.register_blueprint(admin.blueprint)
     app.register_blueprint(models.blueprint)
     app.register_blueprint(live.blueprint)
@@ -89,7 +96,7 @@ def create_app(deps: Deps) -> Flask:
 def _steps(deps: Deps, app: Flask) -> Steps:
     """What happens to every request, whoever answers it."""
 
-    def before(incoming: Request) -> Response | None:
+    def before(incoming: Incoming) -> Response | None:
         metrics.begin(incoming)
         request_id.adopt(incoming.headers.get(request_id.HEADER))
         preflight = cors.begin(incoming, deps.manager.settings)
@@ -97,17 +104,17 @@ def _steps(deps: Deps, app: Flask) -> Steps:
             auth.check(incoming, deps.manager.settings)
         return preflight
 
-    def after(incoming: Request, response: Response) -> Response:
-        response.headers[request_id.HEADER] = request_id.current()
-        cors.end(incoming, response)
+    def after(incoming: Incoming, response: Response | Reply) -> None:
+        if not isinstance(response, Reply):     # which has these from routing/forwarding.py
+            response.headers[request_id.HEADER] = request_id.current()
+            cors.end(incoming, response)
         metrics.count(deps.router, incoming, response)
         deps.audit.note(incoming, response)
-        return response
 
     return Steps(before, lambda incoming, error: _answer_error(app, incoming, error), after)
 
 
-def _answer_error(app: Flask, incoming: Request, error: Exception) -> Response:
+def _answer_error(app: Flask, incoming: Incoming, error: Exception) -> Response:
     """The one way from an exception to an answer."""
     if isinstance(error, ClientLeft):
         if (about := incoming.environ.get(ABOUT)) is not None:
@@ -129,7 +136,7 @@ def _answer_error(app: Flask, incoming: Request, error: Exception) -> Response:
     return response
 
 
-def _translated(incoming: Request, error: Exception) -> DaemonError:
+def _translated(incoming: Incoming, error: Exception) -> DaemonError:
     if isinstance(error, DaemonError):
         return error
     if isinstance(error, HTTPException):

@@ -14,8 +14,7 @@ from functools import partial, wraps
 from typing import Any
 
 import orjson
-from flask import Blueprint, Request, Response, current_app, request
-from werkzeug.exceptions import ClientDisconnected
+from flask import Blueprint, Response, current_app, request
 
 from config import Key, Settings
 from errors import BadRequest, Forbidden, ModelNotFound, NotFound, TooLarge, UpgradeRequired, UpstreamError
@@ -29,14 +28,16 @@ from routing.checker import Checker, LocalTarget
 from routing.client_watch import ClientWatch, Watched
 from routing.forwarding import Forwarder, Outgoing, origin_of, outgoing, target
 from routing.health import Status
+from routing.incoming import Incoming
 from routing.observed import ABOUT, About, Observed
 from routing.policies import policy_named
 from routing.relay import RelayStream, TakenOver
 from routing.relay_process import Relays
 from routing.remote import Fleet, RemoteLease
+from routing.reply import Reply
 from routing.response_owners import ResponseOwners
 from routing.tunnel import handshake, open_tunnel, wants_upgrade
-from routing.upstream import ClientLeft, ConnectionRefused, Upstream, request_headers, response_headers
+from routing.upstream import ConnectionRefused, Upstream, request_headers
 from routing.waiting import Waiter
 from routing.ways import Way, Ways
 
@@ -45,21 +46,6 @@ log = logging.getLogger("vllm_server.router")
 PICKS = 20                  # connections that may be refused before the client is told
 ASKED_FOR_RESPONSE = 16     # servers that are asked for a response whose maker is not remembered
 DEFAULT_CAPACITY = 256      # of an instance whose flags do not say (--max-num-seqs)
-
-
-class EngineResponse(Response):
-    """The engine's own headers, with none added."""
-
-    default_mimetype = None
-    automatically_set_content_length = False    # of an empty body: the engine's answer to HEAD may have another one
-
-    def __call__(self, environ: Any, start_response: Any) -> Any:
-        """Gives back what the body holds if the server refuses the head: nobody would iterate or close it then."""
-        try:
-            return super().__call__(environ, start_response)
-        except BaseException:
-            self.close()
-            raise
 
 
 class Router:
@@ -129,7 +115,7 @@ class Router:
 
     # --- the ways in ----------------------------------------------------------------------------------------------
 
-    def by_model(self, incoming: Request, path: str) -> Response:
+    def by_model(self, incoming: Incoming, path: str) -> Reply:
         """Forward to a backend of the model that the body names; waits while that loads."""
         requested_model.check_coding(incoming.headers.get("Content-Encoding"))
         body = self.read_body(incoming)
@@ -143,11 +129,11 @@ class Router:
         way = self.ways.to_model(wanted.model, key, owner, incoming.headers.get("Via", ""))
         return self._forward(incoming, path, body, way, with_id=with_id, comments=comments)
 
-    def view(self, incoming: Request) -> Response:
+    def view(self, incoming: Incoming) -> Reply:
         """A request to a path of `paths.BY_MODEL`."""
         return self.within_limits(incoming, lambda: self.by_model(incoming, incoming.path))
 
-    def within_limits(self, incoming: Request, answer: Callable[[], Response]) -> Response:
+    def within_limits(self, incoming: Incoming, answer: Callable[[], Reply]) -> Reply:
         """Its answer, within the limits of the key that came with it, until that has ended."""
         admission = self.limits.enter(caller(incoming))
         try:
@@ -156,7 +142,7 @@ class Router:
             admission.leave()
             raise
 
-    def to_instance(self, incoming: Request, instance_id: str, path: str) -> Response:
+    def to_instance(self, incoming: Incoming, instance_id: str, path: str) -> Reply:
         """Forward to this instance, whatever the body says; waits while it loads."""
         _check_path(path)
         way = self.ways.to_one(instance_id)
@@ -165,7 +151,7 @@ class Router:
             return self._upgrade(incoming, path, way)
         return self._forward(incoming, path, self.read_body(incoming), way)
 
-    def to_response_owner(self, incoming: Request, response_id: str, path: str) -> Response:
+    def to_response_owner(self, incoming: Incoming, response_id: str, path: str) -> Reply:
         """Forward to the backend that made this response; one that is not remembered is asked for everywhere."""
         _check_path(path)
         body = self.read_body(incoming)
@@ -186,31 +172,18 @@ class Router:
         raise NotFound(f"no running instance knows the response {response_id[:64]!r}", code="response_not_found",
                        param="response_id")
 
-    def read_body(self, incoming: Request) -> bytes | bytearray:
-        """The whole body; the server has collected it already (web/intake.py).
+    def read_body(self, incoming: Incoming) -> bytes | bytearray:
+        """The whole body, which the server has collected and refused where it is none (web/intake.py).
 
-        Raises TooLarge, or BadRequest when it is shorter than its Content-Length.
+        Raises TooLarge: the settings may have been read anew since.
         """
-        length = incoming.content_length
-        limit = self.manager.settings.max_request_bytes
-        if length is not None and length > limit:
-            raise TooLarge(f"the body has {length} bytes; MAX_REQUEST_BYTES allows {limit}")
-        try:
-            source = incoming.environ["wsgi.input"]
-            body: bytes | bytearray = source.take() if hasattr(source, "take") else source.read(
-                length if length is not None else limit + 1)
-        except (OSError, ClientDisconnected) as error:
-            raise ClientLeft from error
-        if length is not None and len(body) < length:
-            raise BadRequest(f"the body ended after {len(body)} bytes; its Content-Length says {length}",
-                             code="incomplete_body")
-        if len(body) > limit:
-            raise TooLarge(f"the body has more than {limit} bytes; MAX_REQUEST_BYTES allows no more")
+        body: bytes | bytearray = incoming.environ["wsgi.input"].take()
+        if len(body) > (limit := self.manager.settings.max_request_bytes):
+            raise TooLarge(f"the body has {len(body)} bytes; MAX_REQUEST_BYTES allows {limit}")
         return body
 
-    def realtime(self, incoming: Request) -> Response:
+    def realtime(self, incoming: Incoming, model: str | None) -> Reply:
         """A WebSocket to the model of `?model=`, or to the only one that is active."""
-        model = incoming.args.get("model")
         if model is None:
             running = [view for view in self.manager.snapshot() if view.state in ACTIVE]
             if len(running) != 1:
@@ -220,7 +193,7 @@ class Router:
         limits.check_model(caller(incoming), [model])
         return self._upgrade(incoming, paths.REALTIME, self.ways.to_model(model, via=incoming.headers.get("Via", "")))
 
-    def adapter(self, incoming: Request, path: str) -> Response:
+    def adapter(self, incoming: Incoming, path: str) -> Reply:
         """Load or unload a LoRA adapter in the engine of the model that the body names; its name then routes there."""
         requested_model.check_coding(incoming.headers.get("Content-Encoding"))
         body = self.read_body(incoming)
@@ -236,9 +209,9 @@ class Router:
 
     # --- one request ----------------------------------------------------------------------------------------------
 
-    def _forward(self, incoming: Request, path: str, body: bytes | bytearray, way: Way, *,
+    def _forward(self, incoming: Incoming, path: str, body: bytes | bytearray, way: Way, *,
                  with_id: Callable[[bytes, str], None] | None = None,
-                 with_owner: Callable[[str], None] | None = None, comments: bool = False) -> Response:
+                 with_owner: Callable[[str], None] | None = None, comments: bool = False) -> Reply:
         """`comments`: an event stream is asked for, whose client may be told of a long wait."""
         about: About = incoming.environ.get(ABOUT) or About(time.monotonic())
         sent = outgoing(incoming, path, body, relayed=not limits.counts_tokens(caller(incoming)))
@@ -259,9 +232,9 @@ class Router:
                     self._go_on(error, lease, way, waiter)
                 else:
                     if answer is not None:
-                        about.backend, about.status = _name_of(lease), answer[1]
+                        about.backend = _name_of(lease)
                         lease.when_released(self.observed.end_of(about, time.monotonic, partial(_cut_by, lease)))
-                        return answer[0]
+                        return answer
             raise UpstreamError(f"{way.goal.what} takes no connections although it should be ready; try again later")
         except BaseException as error:
             waiter.close()
@@ -290,7 +263,7 @@ class Router:
                       patience_s=self.manager.settings.request_queue_timeout_s)
 
     def _commented(self, sent: Outgoing, path: str, way: Way, waiter: Waiter, watched: Watched,
-                   with_id: Callable[[bytes, str], None] | None, about: About) -> Response:
+                   with_id: Callable[[bytes, str], None] | None, about: About) -> Reply:
         """200 now, and comments until the engine's own events can follow."""
         # Its head will not reach the client, who must not be sent what only that explains.
         plain = sent._replace(headers={name: value for name, value in sent.headers.items()
@@ -307,9 +280,9 @@ class Router:
             return upstream, RelayStream(upstream, exchange, lease, watched, _first_piece(with_id, lease))
 
         stream = commented.CommentedStream(waiter, open_stream, watched, path, ended)
-        return EngineResponse(stream, status=200, headers=commented.HEADERS, direct_passthrough=True)
+        return Reply(200, [*commented.HEADERS, *sent.ours], stream)
 
-    def _upgrade(self, incoming: Request, path: str, way: Way) -> Response:
+    def _upgrade(self, incoming: Incoming, path: str, way: Way) -> Reply:
         upgrade = incoming.headers.get("Upgrade", "")
         if not wants_upgrade(incoming.headers.get("Connection", ""), upgrade) or incoming.method != "GET":
             raise UpgradeRequired(f"{path[:80]} is a WebSocket: send GET with Connection: Upgrade")
@@ -329,12 +302,11 @@ class Router:
         except BaseException:
             lease.release()
             raise
-        return Response(TakenOver(lease), direct_passthrough=True)
+        return Reply(200, [], TakenOver(lease))
 
     def _exchange(self, sent: Outgoing, lease: Lease, watched: Watched, way: Way,
-                  with_id: Callable[[bytes, str], None] | None) -> tuple[Response, int] | None:
-        """Send, read the head, and hand what is held to a RelayStream; None: its answer sends it elsewhere.  With the
-        status that the client gets.
+                  with_id: Callable[[bytes, str], None] | None) -> Reply | None:
+        """Send, read the head, and hand what is held to a RelayStream; None: its answer sends it elsewhere.
 
         Releases the lease if that fails.
         """
@@ -349,15 +321,12 @@ class Router:
         idle_s = self.manager.settings.stream_idle_timeout_s
         on_first = _first_piece(with_id, lease)
         if self._forwarder.relayed(sent, upstream, exchange, lease, watched, on_first, idle_s):
-            return Response(TakenOver(lease), direct_passthrough=True), upstream.head.status
+            return Reply(upstream.head.status, [], TakenOver(lease))
         exchange.wait_for(idle_s)
         stream = RelayStream(upstream, exchange, lease, watched, on_first)
-        response = EngineResponse(stream, status=upstream.head.status, headers=response_headers(upstream),
-                                  direct_passthrough=True)
         if upstream.is_bodyless:
-            response.response = []
             stream.end_without_body()
-        return response, upstream.head.status
+        return Reply(upstream.head.status, upstream.head.headers, () if upstream.is_bodyless else stream)
 
 
 def _check_path(path: str) -> None:
@@ -394,20 +363,38 @@ def _router() -> Router:
     return router
 
 
-def caller(incoming: Request) -> Key | None:
+def caller(incoming: Incoming) -> Key | None:
     """The key that came with a request, if it is one of those with limits."""
     return incoming.environ.get(limits.CALLER)
 
 
-def limited(view: Callable[..., Response]) -> Callable[..., Response]:
+class EngineResponse(Response):
+    """A reply as Flask passes it on: nothing is added to the engine's own headers."""
+
+    default_mimetype = None
+    automatically_set_content_length = False    # of an empty body: the engine's answer to HEAD may have another one
+
+    def __init__(self, reply: Reply) -> None:
+        super().__init__(reply.body, reply.status_code, reply.headers, direct_passthrough=True)
+
+    def __call__(self, environ: Any, start_response: Any) -> Any:
+        """Gives back what the body holds if the server refuses the head: nobody would iterate or close it then."""
+        try:
+            return super().__call__(environ, start_response)
+        except BaseException:
+            self.close()
+            raise
+
+
+def limited(view: Callable[..., Reply]) -> Callable[..., Response]:
     @wraps(view)
     def within_limits(**arguments: str) -> Response:
-        return _router().within_limits(request, lambda: view(**arguments))
+        return EngineResponse(_router().within_limits(request, lambda: view(**arguments)))
     return within_limits
 
 
 def _by_model() -> Response:
-    return _router().view(request)
+    return EngineResponse(_router().view(request))
 
 
 for _path in paths.BY_MODEL:
@@ -415,7 +402,7 @@ for _path in paths.BY_MODEL:
 
 
 def _adapter() -> Response:
-    return _router().adapter(request, request.path)
+    return EngineResponse(_router().adapter(request, request.path))
 
 
 for _path in paths.ADAPTERS:
@@ -426,19 +413,19 @@ for _path in paths.ADAPTERS:
 @blueprint.get(paths.REALTIME)
 @blueprint.get(paths.REALTIME, websocket=True)
 @limited
-def realtime() -> Response:
-    return _router().realtime(request)
+def realtime() -> Reply:
+    return _router().realtime(request, request.args.get("model"))
 
 
 @blueprint.get("/v1/responses/<response_id>")
 @limited
-def get_response(response_id: str) -> Response:
+def get_response(response_id: str) -> Reply:
     return _router().to_response_owner(request, response_id, request.path)
 
 
 @blueprint.post("/v1/responses/<response_id>/cancel")
 @limited
-def cancel_response(response_id: str) -> Response:
+def cancel_response(response_id: str) -> Reply:
     return _router().to_response_owner(request, response_id, request.path)
 
 
@@ -446,5 +433,5 @@ def cancel_response(response_id: str) -> Response:
 @blueprint.route("/proxy/<instance_id>/<path:path>", methods=ANY)
 @blueprint.get("/proxy/<instance_id>/<path:path>", websocket=True)
 @limited
-def proxy(instance_id: str, path: str) -> Response:
+def proxy(instance_id: str, path: str) -> Reply:
     return _router().to_instance(request, instance_id, "/" + path)

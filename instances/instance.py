@@ -29,7 +29,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from errors import DaemonError, NotReady
 from instances.placement import Plan
@@ -201,8 +201,7 @@ class InstanceView:
     expected_s: float | None = None     # of a start or wake that goes on: what it took before
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """What the balancer sees of a backend."""
 
     id: str

@@ -57,7 +57,8 @@ def _read(pid: int, name: str) -> bytes | None:
     """A file of a process; None when it is gone, or another user's.  Raises OSError when it is this process that cannot
     look (BLIND): then nobody may conclude that the other is gone."""
     try:
-        return (PROC / str(pid) / name).read_bytes()
+        with open(f"{PROC}/{pid}/{name}", "rb", buffering=0) as file:     # not by a Path: asked with each connection
+            return file.read()
     except OSError as error:
         if error.errno in BLIND:
             raise

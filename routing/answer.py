@@ -80,7 +80,10 @@ class Answer:
 
     def header(self, name: str) -> str:
         """The first one of this name (in lower case); empty when there is none."""
-        return next((value for given, value in self.head.headers if given.lower() == name), "")
+        for given, value in self.head.headers:
+            if given.lower() == name:
+                return value
+        return ""
 
     def begin(self) -> None:
         """Wait for the first byte of a body with a length.  Raises UpstreamError where it is cut, OSError as the socket

@@ -173,9 +173,11 @@ class Balancer:
         if isinstance(backend, RemoteLease):
             self.fleet.note_outcome(backend, outcome, retry_after_s)
             return
+        track = self._track(backend)
+        if outcome is Outcome.GOOD and track.circuit is CLOSED and not track.busy_until:
+            return      # as nearly always: nothing changes
         now = self._clock()
         with self._lock:
-            track = self._tracks[backend]
             if outcome in (Outcome.GOOD, Outcome.STALE):
                 track.circuit, track.busy_until = CLOSED, 0.0
             elif outcome is Outcome.BUSY:

@@ -9,7 +9,8 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from functools import lru_cache
+from typing import NamedTuple, Protocol
 from urllib.parse import quote
 
 from errors import EngineStopped, ServerLost, UpstreamError
@@ -19,10 +20,11 @@ from routing.answer import Answer
 from routing.attempts import outcome_of, retry_after_s
 from routing.balancer import Balancer
 from routing.client_watch import Watched
+from routing.incoming import Incoming
 from routing.relay import may_be_taken_over, take_over
 from routing.relay_process import Relays
 from routing.remote import Origin, Outcome, RemoteLease
-from routing.upstream import ClientLeft, ConnectionRefused, Exchange, Upstream, request_headers
+from routing.upstream import NOT_RETURNED, ClientLeft, ConnectionRefused, Exchange, Upstream, request_headers
 
 CORS = "vllm_server.cors"   # in a request's environ: headers for the page that sent it
 VERDICT_S = 1.0             # how long a broken request waits for the keeper to say why
@@ -49,22 +51,27 @@ class Outgoing(NamedTuple):
     client: socket.socket
     protocol: str
     relayed: bool       # whether a relay may carry its answer, unseen
-    cors: Sequence[tuple[str, str]] = ()        # headers for the page that asks
+    ours: Sequence[tuple[str, str]] = ()        # headers of its answer that are the daemon's own
 
 
-def outgoing(incoming: Any, path: str, body: bytes | bytearray, *, relayed: bool = True) -> Outgoing:
-    """From Flask's request."""
+def outgoing(incoming: Incoming, path: str, body: bytes | bytearray, *, relayed: bool = True) -> Outgoing:
     payload = body if body or incoming.method in ("POST", "PUT", "PATCH") else None
     headers = request_headers(incoming.headers, payload)
-    headers[request_id.HEADER] = request_id.current()
-    return Outgoing(incoming.method, target(incoming, path), headers, payload, incoming.environ["gunicorn.socket"],
-                    incoming.environ["SERVER_PROTOCOL"], relayed, incoming.environ.get(CORS, ()))
+    headers[request_id.HEADER] = asked = request_id.current()
+    environ = incoming.environ
+    return Outgoing(incoming.method, target(incoming, path), headers, payload, environ["gunicorn.socket"],
+                    environ["SERVER_PROTOCOL"], relayed, ((request_id.HEADER, asked), *environ.get(CORS, ())))
 
 
-def target(incoming: Any, path: str) -> str:
+def target(incoming: Incoming, path: str) -> str:
     """Path and query as they go to the engine: the path in its one canonical spelling."""
     query = incoming.environ.get("QUERY_STRING", "")
-    return quote(path, safe=_PATH_SAFE) + (f"?{query}" if query else "")
+    return f"{_spelled(path)}?{query}" if query else _spelled(path)
+
+
+@lru_cache(maxsize=256)
+def _spelled(path: str) -> str:
+    return quote(path, safe=_PATH_SAFE)
 
 
 def origin_of(lease: Lease) -> Origin:
@@ -115,10 +122,10 @@ class Forwarder:
         if isinstance(lease, RemoteLease):
             lease.answered = True
         head = response.head
-        self._balancer.note_outcome(told_as(lease), outcome_of(head.status),
-                                    retry_after_s(response.header("retry-after")))
-        head.headers[:] = [pair for pair in head.headers if not _is_ours(pair[0].lower())]
-        head.headers.extend([(request_id.HEADER, sent.headers[request_id.HEADER]), *sent.cors])
+        outcome = outcome_of(head.status)
+        self._balancer.note_outcome(told_as(lease), outcome, retry_after_s(response.header("retry-after"))
+                                    if outcome is Outcome.BUSY else None)
+        head.headers[:] = [*(pair for pair in head.headers if is_passed_on(pair[0])), *sent.ours]
         return exchange, response
 
     def headers(self, lease: Lease, headers: dict[str, str]) -> dict[str, str]:
@@ -171,9 +178,12 @@ class Forwarder:
         return lease.cut_error or error
 
 
-def _is_ours(name: str) -> bool:
-    """A header of an answer that the daemon sets itself: whose pages may read it is not the engine's to say."""
-    return name == request_id.HEADER.lower() or name.startswith("access-control-")
+@lru_cache(maxsize=1024)
+def is_passed_on(name: str) -> bool:
+    """Whether this header of an engine's answer is for the client.  Some belong to the connection, and some the daemon
+    sets itself: whose pages may read an answer is not the engine's to say."""
+    lower = name.lower()
+    return lower not in NOT_RETURNED and lower != request_id.HEADER.lower() and not lower.startswith("access-control-")
 
 
 def told_as(lease: Lease) -> str | RemoteLease:

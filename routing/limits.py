@@ -12,14 +12,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
-from typing import Any, TypeVar
 
 import orjson
-from werkzeug.wrappers import Response
 
 from config import Key
 from errors import Forbidden, RateLimited
 from routing.relay import TakenOver
+from routing.reply import Reply
 
 CALLER = "vllm_server.caller"      # in a request's environ: its Key, or None
 WINDOW_S = 60
@@ -164,21 +163,18 @@ class AdmittedBody:
             self._admission.leave()
 
 
-AnyResponse = TypeVar("AnyResponse", bound=Response)
-
-
-def until_its_end(response: AnyResponse, admission: Admission) -> AnyResponse:
+def until_its_end(reply: Reply, admission: Admission) -> Reply:
     """The answer, which gives the admission back when it has ended: in this process, or in a relay."""
-    body: Any = response.response
+    body = reply.body
     if admission is FREE:
         pass
     elif isinstance(body, TakenOver):
         body.lease.when_released(admission.leave)
-    elif isinstance(body, list):
+    elif body == ():
         admission.leave()
-    else:       # passed through directly: then only the body itself is closed, and no `call_on_close` is called
-        response.response = AdmittedBody(body, admission)
-    return response
+    else:
+        reply.body = AdmittedBody(body, admission)
+    return reply
 
 
 def counts_tokens(key: Key | None) -> bool:

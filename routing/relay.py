@@ -10,7 +10,6 @@ import errno
 import logging
 import socket
 from collections.abc import Callable, Iterator
-from email.utils import formatdate
 
 import orjson
 
@@ -22,7 +21,8 @@ from routing.client_watch import Watched
 from routing.framing import CHUNKED, EOF, follow
 from routing.relay_process import Relays, RelayUnavailable
 from routing.relay_wire import RELAY_DIED, TIMEOUT, UPSTREAM_CUT, Ended
-from routing.upstream import Exchange, response_headers, upstream_errors
+from routing.reply import http_date
+from routing.upstream import Exchange, upstream_errors
 
 log = logging.getLogger("vllm_server.relay")
 
@@ -174,8 +174,8 @@ def take_over(relays: Relays, client: socket.socket, answer: Answer, exchange: E
 
 def response_head(answer: Answer) -> bytes:
     """The engine's head for the client of a stream, whose connection ends with it."""
-    lines = [f"HTTP/1.1 {answer.head.status} {answer.head.reason}", f"Date: {formatdate(usegmt=True)}",
-             *(f"{name}: {value}" for name, value in response_headers(answer))]
+    lines = [f"HTTP/1.1 {answer.head.status} {answer.head.reason}", f"Date: {http_date()}",
+             *[f"{name}: {value}" for name, value in answer.head.headers]]
     if answer.head.chunked:
         lines.append("Transfer-Encoding: chunked")
     return "\r\n".join([*lines, "Connection: close", "", ""]).encode("latin-1")

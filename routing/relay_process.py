@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from instances import cores
@@ -108,25 +108,26 @@ class Relays:
         """
         if started_at is None:
             started_at = time.monotonic()
-        handover = Handover(next(self._ids), to_client, framing, body_at, to_upstream, idle_timeout_s, sse,
-                            cut_message, started_at)
+        exchange_id, sent = next(self._ids), 0
         deadline: float | None = None
         while not self._closing:
-            relay = min((relay for relay in self._relays if relay.is_up()), key=_Relay.open_count, default=None)
-            if relay is not None:
-                if handover.sent < at_once:
-                    sent = _send_at_once(client, to_client[handover.sent : at_once])
-                    handover = replace(handover, sent=handover.sent + sent)
+            up = [relay for relay in self._relays if relay.is_up()]
+            if up:
+                relay = up[0] if len(up) == 1 else min(up, key=_Relay.open_count)
+                if sent < at_once:
+                    sent += _send_at_once(client, to_client[sent:at_once])
+                handover = Handover(exchange_id, to_client, framing, body_at, to_upstream, idle_timeout_s, sse,
+                                    cut_message, started_at, sent)
                 if relay.send(handover, client.fileno(), upstream.fileno(), on_end):
                     os.close(client.detach())
                     os.close(upstream.detach())
-                    return handover.id
+                    return exchange_id
             if deadline is None:
                 deadline = time.monotonic() + self._wait_s
             with self._changed:
                 if not self._changed.wait_for(self._usable, deadline - time.monotonic()):
-                    raise RelayUnavailable("no relay process is up", begun=handover.sent > 0)
-        raise RelayUnavailable("the relays are closing", begun=handover.sent > 0)
+                    raise RelayUnavailable("no relay process is up", begun=sent > 0)
+        raise RelayUnavailable("the relays are closing", begun=sent > 0)
 
     def cut(self, exchange_id: int, reason: bytes = b"") -> None:
         """Ends one, visibly for its client; its `on_end` tells.  Nothing happens where it has ended already."""
@@ -135,7 +136,7 @@ class Relays:
                 return
 
     def open_count(self) -> int:
-        return sum(relay.open_count() for relay in self._relays)
+        return sum([len(relay._open) for relay in self._relays])    # asked with each client that comes
 
     def stats(self) -> list[RelayStats]:
         return [relay.stats() for relay in self._relays]

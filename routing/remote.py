@@ -15,6 +15,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import lru_cache
 from types import MappingProxyType
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -54,6 +55,7 @@ class Origin:
     tls: ssl.SSLContext | None = field(default=None, repr=False)
 
     @staticmethod
+    @lru_cache(maxsize=1024)
     def local(port: int) -> Origin:
         return Origin(f"http://127.0.0.1:{port}", "127.0.0.1", port)
 
@@ -264,6 +266,8 @@ class Fleet:
 
     def pools(self, model: str) -> Pools:
         """The servers that offer a model."""
+        if not self._servers:
+            return NOBODY
         found = self._pools.get(model)
         return found if found is not None else self._made_pools(model)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,7 +16,7 @@ _current: ContextVar[str] = ContextVar("request_id", default="")
 
 def begin() -> None:
     """This thread works on another request from now on; it has an id before anything of it has been read."""
-    _current.set(secrets.token_hex(16))
+    _current.set(os.urandom(16).hex())
 
 
 def adopt(given: str | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -48,14 +49,20 @@ def find(content_type: str, body: bytes | bytearray, *, with_fields: bool = Fals
 
     Raises BadRequest (no JSON, no object, no model, not a string) or UnsupportedMediaType.
     """
-    kind, options = parse_options_header(content_type)
-    kind = kind.lower()
+    kind, boundary = _kind(content_type)
     if kind == "multipart/form-data":
-        return _in_form(body, options.get("boundary", ""))
+        return _in_form(body, boundary)
     if kind in ("", "application/json") or kind.endswith("+json"):
         return _in_json(body, with_fields)
     raise UnsupportedMediaType(f"cannot read a model name from a body of type {kind[:80]!r}: send application/json "
                                "or multipart/form-data", param="Content-Type")
+
+
+@lru_cache(maxsize=64)
+def _kind(content_type: str) -> tuple[str, str]:
+    """And the boundary of its parts, if it has some."""
+    kind, options = parse_options_header(content_type)
+    return kind.lower(), options.get("boundary", "")
 
 
 def _in_json(body: bytes | bytearray, with_fields: bool) -> Wanted:

@@ -8,9 +8,8 @@ head with the email parser, which costs more than all the rest of a request here
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from http.client import HTTPException, RemoteDisconnected
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 MAX_LINE_BYTES = 1 << 16
 MAX_LINES = 256
@@ -30,8 +29,7 @@ class BadHead(HTTPException):
     """What came is no head of an answer that may be passed on."""
 
 
-@dataclass(frozen=True)
-class Head:
+class Head(NamedTuple):
     """`length` is the body's as announced; None: chunked, or until the connection's end.  `headers` say the same."""
 
     minor: int                              # of the version: HTTP/1.x

@@ -1,8 +1,9 @@
 """Sends one request to one engine and reads the head of its answer.
 
-`requests` makes the connections: its HTTPAdapter knows addresses, TLS and certificates.  What goes over a connection
-is written and read here: a Session, urllib3 and http.client together take a request more time than everything else
-the daemon does with it.  The exchange knows the socket, so that another thread can end it at any time.
+`requests` makes the connections to other machines: its HTTPAdapter knows names, TLS and certificates.  One to an
+engine here is a socket to a port of 127.0.0.1 and nothing more: there is no name to look up.  What goes over a
+connection is written and read here: a Session, urllib3 and http.client together take a request more time than
+everything else the daemon does with it.  The exchange knows the socket, so that another thread can end it at any time.
 """
 
 from __future__ import annotations
@@ -15,26 +16,29 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from select import POLLIN, poll
-from socket import SHUT_RDWR
+from socket import AF_INET, IPPROTO_TCP, SHUT_RDWR, TCP_NODELAY
 from socket import socket as Socket
 from typing import Any
 
 import urllib3
 from requests.adapters import HTTPAdapter
-from urllib3.connection import HTTPConnection
 from urllib3.connectionpool import HTTPConnectionPool
 from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
 
-from errors import BadRequest, DaemonError, UpstreamError, UpstreamTimeout
+from errors import BadRequest, UpstreamError, UpstreamTimeout
 from routing.answer import BODYLESS, Answer, Incoming
 from routing.response_head import BadHead, read_head
 
 IDLE_LIMIT_S = 4.0      # the engine closes a connection that idles for 5 s (uvicorn); never be the second to know
 CONNECT_TIMEOUT_S = 10.0
 PREPARE_TIMEOUT_S = 1.0
+PREPARED = 2            # connections that wait for the next streams
 POOLS = 4096            # one a backend
+LOOPBACK = "127.0.0.1"
 FIRST_BYTES = 1 << 14   # of a body, which go out together with the head
 NO_ANSWER = "the engine closed the connection before it answered"
+REFUSED = "the engine takes no connections"
+NOT_TAKEN = "the engine does not take the connection"
 
 _UNSAFE_TARGET = re.compile("[\x00-\x20\x7f]")
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")      # but for tabs and the ends of lines
@@ -47,7 +51,8 @@ HOP_BY_HOP = frozenset({
 _NOT_FORWARDED = HOP_BY_HOP | {"host", "content-length", "expect", "authorization", "x-api-key"}
 """Keys are for the daemon; length and host are set anew."""
 
-_NOT_RETURNED = HOP_BY_HOP | {"server", "date"}
+NOT_RETURNED = HOP_BY_HOP | {"server", "date"}
+"""What an answer says of its connection, and of who made it: this server says that itself."""
 
 
 class ClientLeft(Exception):
@@ -115,29 +120,34 @@ class _Backend:
     def __init__(self, pool: HTTPConnectionPool, most: int) -> None:
         self._pool = pool
         self._most = most
-        self._idle: deque[tuple[HTTPConnection, float]] = deque()      # since when; any thread may take one
+        self._is_here = pool.scheme == "http" and pool.host == LOOPBACK
+        self._idle: deque[tuple[Socket, float]] = deque()      # since when; any thread may take one
 
-    def take(self, exchange: Exchange, timeout_s: float, runs: Callable[[], bool]) -> HTTPConnection:
-        """One that was not idle for too long and is still open, or a new one; the exchange knows its socket."""
+    def take(self, exchange: Exchange, timeout_s: float, runs: Callable[[], bool]) -> Socket:
+        """One that was not idle for too long and is still open, or a new one; the exchange knows it.  Raises
+        ConnectionRefused."""
         while not exchange.fresh and (found := self._pop()) is not None:
-            connection, since = found
-            if time.monotonic() - since <= IDLE_LIMIT_S and _is_silent(connection.sock):
-                exchange.attach(connection.sock, reused=True)
-                return connection
-            connection.close()
-        connection = self._connect(timeout_s, runs)
-        exchange.attach(connection.sock, reused=False)
-        return connection
+            sock, since = found
+            if time.monotonic() - since <= IDLE_LIMIT_S and _is_silent(sock):
+                exchange.attach(sock, reused=True)
+                return sock
+            sock.close()
+        sock = self._connect(timeout_s, runs)
+        exchange.attach(sock, reused=False)
+        return sock
 
-    def put(self, connection: HTTPConnection) -> None:
-        self._idle.append((connection, time.monotonic()))
+    def put(self, sock: Socket) -> None:
+        self._idle.append((sock, time.monotonic()))
         if len(self._idle) > self._most:
             self.close(self._most)
 
     def prepare(self, runs: Callable[[], bool]) -> None:
-        """Have one ready for the next request."""
-        if not self._idle:
-            with contextlib.suppress(OSError, urllib3.exceptions.HTTPError, ConnectionRefused):
+        """Have PREPARED of them ready: a stream may come while another one's thread is still about to replace its own.
+        """
+        now = time.monotonic()
+        ready = sum([now - since <= IDLE_LIMIT_S for _, since in list(self._idle)[-PREPARED:]])
+        with contextlib.suppress(OSError, urllib3.exceptions.HTTPError, ConnectionRefused):
+            for _ in range(PREPARED - ready):
                 self.put(self._connect(PREPARE_TIMEOUT_S, runs))
 
     def close(self, but: int = 0) -> None:
@@ -146,32 +156,50 @@ class _Backend:
             while len(self._idle) > but:
                 self._idle.popleft()[0].close()
 
-    def _pop(self) -> tuple[HTTPConnection, float] | None:
+    def _pop(self) -> tuple[Socket, float] | None:
         try:
             return self._idle.pop()
         except IndexError:
             return None
 
-    def _connect(self, timeout_s: float, runs: Callable[[], bool]) -> HTTPConnection:
+    def _connect(self, timeout_s: float, runs: Callable[[], bool]) -> Socket:
+        sock = self._connect_here(timeout_s) if self._is_here else self._connect_there(timeout_s)
+        try:
+            if not runs():      # asked after it was made: who had the port lived until then, or it is a stranger's
+                raise ConnectionRefused("the engine takes no connections: its process has ended")
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    def _connect_here(self, timeout_s: float) -> Socket:
+        sock = None
+        try:
+            sock = Socket(AF_INET)
+            sock.settimeout(timeout_s)
+            sock.connect((LOOPBACK, self._pool.port))
+            sock.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
+        except OSError as error:
+            if sock is not None:
+                sock.close()
+            raise ConnectionRefused(NOT_TAKEN if isinstance(error, TimeoutError) else REFUSED) from error
+        return sock
+
+    def _connect_there(self, timeout_s: float) -> Socket:
         connection: Any = self._pool._new_conn()
         connection.timeout = timeout_s
         try:
             connection.connect()
-        except NewConnectionError:
-            raise
+        except NewConnectionError as error:
+            raise ConnectionRefused(REFUSED) from error
         except (TimeoutError, ConnectTimeoutError) as error:
-            raise ConnectionRefused("the engine does not take the connection") from error
+            raise ConnectionRefused(NOT_TAKEN) from error
         except ssl.SSLCertVerificationError as error:
             raise ConnectionRefused(f"its certificate is not trusted: {error.verify_message}") from error
-        if isinstance(connection.sock, ssl.SSLSocket):      # else a body that was cut may look like a whole one
-            connection.sock.suppress_ragged_eofs = False    # type: ignore[attr-defined]
-        try:
-            if not runs():      # asked after it was made: who had the port lived until then, or it is a stranger's
-                raise NewConnectionError(connection, "its process has ended")
-        except BaseException:
-            connection.close()
-            raise
-        return connection  # type: ignore[no-any-return]
+        sock: Socket = connection.sock
+        if isinstance(sock, ssl.SSLSocket):     # else a body that was cut may look like a whole one
+            sock.suppress_ragged_eofs = False   # type: ignore[attr-defined]
+        return sock
 
 
 class Upstream:
@@ -205,7 +233,7 @@ class Upstream:
             exchange.fresh = True
             try:
                 return self._exchange(exchange, backend, method, head, body, timeout_s, runs)
-            except NewConnectionError as error:
+            except ConnectionRefused as error:
                 # It may have been this request that killed the engine: not to be tried on another one.
                 raise UpstreamError(NO_ANSWER) from error
 
@@ -216,20 +244,20 @@ class Upstream:
 
     def _exchange(self, exchange: Exchange, backend: _Backend, method: str, head: bytes,
                   body: bytes | bytearray | None, timeout_s: float, runs: Callable[[], bool]) -> Answer:
-        connection = backend.take(exchange, min(CONNECT_TIMEOUT_S, timeout_s), runs)
+        sock = backend.take(exchange, min(CONNECT_TIMEOUT_S, timeout_s), runs)
         try:
-            if connection.sock.gettimeout() != timeout_s:
-                connection.sock.settimeout(timeout_s)
-            whole = _send(connection.sock, head, body)
-            incoming = Incoming(connection.sock)
+            if sock.gettimeout() != timeout_s:
+                sock.settimeout(timeout_s)
+            whole = _send(sock, head, body)
+            incoming = Incoming(sock)
             if incoming.more():
                 exchange.stale = False
             read = read_head(incoming)
             answer = Answer(read, incoming, method == "HEAD" or read.status in BODYLESS,
-                            lambda reusable: backend.put(connection) if reusable and whole else connection.close())
+                            lambda reusable: backend.put(sock) if reusable and whole else sock.close())
             answer.begin()
         except BaseException:
-            connection.close()
+            sock.close()
             raise
         return answer
 
@@ -268,31 +296,47 @@ def _send(sock: Socket, head: bytes, body: bytes | bytearray | None) -> bool:
     return True
 
 
-@contextlib.contextmanager
-def upstream_errors() -> Iterator[None]:
-    """Foreign exceptions of sending, reading and closing become ours, here and nowhere else."""
-    try:
-        yield
-    except DaemonError:
-        raise
-    except NewConnectionError as error:
-        raise ConnectionRefused("the engine takes no connections") from error
-    except TimeoutError as error:
-        raise UpstreamTimeout("the engine did not answer in time (REQUEST_TIMEOUT, STREAM_IDLE_TIMEOUT)") from error
-    except BadHead as error:
-        raise UpstreamError(f"the engine's answer is not valid HTTP: {error}", code="bad_answer") from error
-    except ConnectionError as error:
-        raise UpstreamError(NO_ANSWER) from error
-    except (urllib3.exceptions.HTTPError, OSError) as error:
-        raise UpstreamError(f"the connection to the engine broke ({type(error).__name__})") from error
+class _UpstreamErrors:
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is not None and (ours := _as_ours(error)) is not None:
+            raise ours from error
+
+
+_UPSTREAM_ERRORS = _UpstreamErrors()
+
+
+def upstream_errors() -> _UpstreamErrors:
+    """Inside it foreign exceptions of sending, reading and closing become ours, here and nowhere else."""
+    return _UPSTREAM_ERRORS
+
+
+def _as_ours(error: BaseException) -> UpstreamError | None:
+    """None for one that stays what it is."""
+    if isinstance(error, TimeoutError):
+        return UpstreamTimeout("the engine did not answer in time (REQUEST_TIMEOUT, STREAM_IDLE_TIMEOUT)")
+    if isinstance(error, BadHead):
+        return UpstreamError(f"the engine's answer is not valid HTTP: {error}", code="bad_answer")
+    if isinstance(error, ConnectionError):
+        return UpstreamError(NO_ANSWER)
+    if isinstance(error, urllib3.exceptions.HTTPError | OSError):
+        return UpstreamError(f"the connection to the engine broke ({type(error).__name__})")
+    return None
+
+
+def has_lines(head: str, count: int) -> bool:
+    """Whether a head is so many lines, as it was put together: no name and no value in it makes another one, or holds a
+    control character."""
+    return _CONTROL.search(head) is None and head.count("\r") == head.count("\n") == count - 1
 
 
 def request_head(method: str, target: str, authority: str, headers: Mapping[str, str]) -> bytes:
     """Raises BadRequest for what would be another request to the engine than to us."""
     head = "\r\n".join([f"{method} {target} HTTP/1.1", f"Host: {authority}",
-                        *(f"{name}: {value}" for name, value in headers.items()), "", ""])
-    if _UNSAFE_TARGET.search(target) or _CONTROL.search(head) \
-            or not head.count("\r") == head.count("\n") == len(headers) + 3:
+                        *[f"{name}: {value}" for name, value in headers.items()], "", ""])
+    if _UNSAFE_TARGET.search(target) or not has_lines(head, len(headers) + 4):
         raise BadRequest("the request's head holds characters that cannot be passed on", code="invalid_request")
     return head.encode("latin-1")
 
@@ -315,8 +359,3 @@ def request_headers(incoming: Iterator[tuple[str, str]] | Any, body: bytes | byt
     if body is not None:
         headers["Content-Length"] = str(len(body))
     return headers
-
-
-def response_headers(answer: Answer) -> list[tuple[str, str]]:
-    """The engine's headers for the client, repeated ones kept apart."""
-    return [(name, value) for name, value in answer.head.headers if name.lower() not in _NOT_RETURNED]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import AbstractContextManager, suppress
 from typing import NamedTuple, Protocol
 
 from errors import LoadFailed, ManagerError, NotFound, NotReady, StartTimeout
@@ -57,7 +57,7 @@ class Waiter:
         self._goal = goal
         self._grant = grant
         self._watched = watched
-        self._queued = ExitStack()
+        self._queued: AbstractContextManager[None] | None = None
         self._patience_s = patience_s
         self._deadline: float | None = None
         self._candidates: list[Candidate] = []
@@ -79,7 +79,7 @@ class Waiter:
             raise_if_failed(self._manager, self._candidates, self.what)
             now = time.monotonic()
             if self._deadline is None:
-                self._queued.enter_context(self._manager.queue(self._goal.name))
+                self._enter_queue()
                 self._deadline = now + self._patience()
             elif self._patience_s is None and self._not_begun():
                 self._deadline = now + self._patience()
@@ -95,7 +95,14 @@ class Waiter:
 
     def close(self) -> None:
         """It waits no longer.  A second call does nothing."""
-        self._queued.close()
+        if (queued := self._queued) is not None:
+            self._queued = None
+            queued.__exit__(None, None, None)
+
+    def _enter_queue(self) -> None:
+        queued = self._manager.queue(self._goal.name)
+        queued.__enter__()      # raises where the queue is full
+        self._queued = queued
 
     def pause(self) -> None:
         """A moment, after a backend refused a connection: its keeper will notice, and another one may serve."""

@@ -113,7 +113,8 @@ class Ways:
             return candidates
 
     def has_servers(self, model: str) -> bool:
-        return any(map(len, self._fleet.pools(model)))
+        warm, cold = self._fleet.pools(model)
+        return bool(warm.servers or cold.servers)
 
     def _instances(self, model: str) -> list[Candidate]:
         candidates = self._manager.demand(model)

@@ -129,10 +129,10 @@ def test_a_connection_that_the_engine_has_closed_is_not_used(upstream: Upstream)
         ask(upstream, url)
 
 
-def test_a_connection_is_there_before_the_request(upstream: Upstream) -> None:
-    with engine(answer(OK)) as url:     # which serves this one connection
-        upstream.prepare(url)
-        upstream.prepare(url)
+def test_two_connections_are_there_before_the_requests(upstream: Upstream) -> None:
+    with engine(lambda client: None, answer(OK)) as url:    # which serves these and no third
+        for _ in range(4):
+            upstream.prepare(url)
         assert ask(upstream, url) == b"ok"
         upstream.close()
     upstream.prepare(url)               # nobody listens, which the next request will find out

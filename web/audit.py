@@ -17,9 +17,11 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
 
-from flask import Request, Response
+from flask import Response
 
 from routing import request_id
+from routing.incoming import Incoming
+from routing.reply import Reply
 from web.auth import is_management, who
 
 log = logging.getLogger("vllm_server.audit")
@@ -39,13 +41,13 @@ class AuditLog:
         self._recent: deque[dict[str, Any]] = deque(maxlen=LISTED)
         self._file = _OwnersFile(path)
 
-    def note(self, request: Request, response: Response) -> None:
+    def note(self, request: Incoming, response: Response | Reply) -> None:
         """Call it for every answer; what is not management is passed over."""
-        refused = response.status_code in (401, 403)
-        if not is_management(request.path) or (request.method in LOOKS and not refused):
+        if not is_management(request.path) or (request.method in LOOKS and response.status_code not in (401, 403)):
             return
-        ours = response.is_json and not response.direct_passthrough     # else it is an engine's, and on its way
-        body = response.get_json(silent=True) if ours else None
+        body = None
+        if isinstance(response, Response) and response.is_json and not response.direct_passthrough:
+            body = response.get_json(silent=True)   # it is ours; an engine's is on its way
         told = body if isinstance(body, dict) else {}
         error = told.get("error") if response.status_code >= 400 else None
         entry = {"at": round(self._wall(), 3), "who": who(request), "from": request.remote_addr,

@@ -9,25 +9,36 @@ import contextlib
 import errno
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from gunicorn.http import wsgi
-from gunicorn.workers.gthread import TConn
+from gunicorn.http.errors import InvalidHeader
 
+from routing.reply import http_date
+from routing.upstream import NOT_RETURNED, has_lines
 from web.intake import Intake
 
 CLIENT_GONE = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.EBADF})
 
 
-class Connection(TConn):
-    """A client's connection, with the request it is sending."""
+class Connection:
+    """A client's connection, with the request it is sending.  `client` and `server` are the addresses of its ends."""
 
-    def __init__(self, cfg: Any, sock: socket.socket, client: Any, server: Any, intake: Intake) -> None:
-        super().__init__(cfg, sock, client, server)
+    __slots__ = ("client", "intake", "server", "sock", "spare")
+
+    def __init__(self, sock: socket.socket, client: Any, server: Any, intake: Intake) -> None:
+        sock.setblocking(False)
+        self.sock = sock
+        self.client = client
+        self.server = server
         self.intake = intake
         self.spare = False      # past the bound: for those who watch and manage
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.sock.close()
 
 
 @dataclass(eq=False)
@@ -42,15 +53,33 @@ class Parked:
 
 
 class OneWrite(wsgi.Response):
-    """Writes the head together with the body's first piece."""
+    """Writes the head together with the body's first piece, and looks at the head once and not at each of its parts."""
 
     headers_sent: bool
+    headers: list[tuple[str, str]]
     _head = b""
 
+    def process_headers(self, headers: Iterable[tuple[str, str]]) -> None:
+        for name, value in headers:
+            lower = name.lower()
+            if lower == "content-length":
+                self.response_length = int(value)
+            if lower not in NOT_RETURNED:   # these are the server's to say
+                self.headers.append((name, value))
+
     def send_headers(self) -> None:
+        """Raises InvalidHeader for one that would be another line, or none."""
         if not self.headers_sent:
-            lines = [*self.default_headers(), *(f"{name}: {value}\r\n" for name, value in self.headers), "\r\n"]
-            self._head = "".join(lines).encode("latin-1")
+            close = self.should_close()
+            lines = [f"HTTP/{self.req.version[0]}.{self.req.version[1]} {self.status}", f"Server: {self.version}",
+                     f"Date: {http_date()}", "Connection: close" if close else "Connection: keep-alive"]
+            if self.chunked:
+                lines.append("Transfer-Encoding: chunked")
+            lines += [f"{name}: {value}" for name, value in self.headers]
+            head = "\r\n".join(lines)
+            if not has_lines(head, len(lines)):
+                raise InvalidHeader("the answer's head holds control characters")
+            self._head = f"{head}\r\n\r\n".encode("latin-1")
             self.headers_sent = True
 
     def _emit_body(self, data: bytes) -> None:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import re
 
-from flask import Request, Response
+from flask import Response
 
 from config import Settings
 from routing.forwarding import CORS
+from routing.incoming import Incoming
 from web.auth import is_management
 
 EXPOSED = "X-Request-Id, Retry-After"
@@ -19,7 +20,7 @@ MAX_AGE_S = 600
 _NAMES = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+(?: *, *[A-Za-z0-9!#$%&'*+.^_`|~-]+){0,63}")
 
 
-def begin(request: Request, settings: Settings) -> Response | None:
+def begin(request: Incoming, settings: Settings) -> Response | None:
     """Note what a page's browser is to be told with the answer; a preflight is answered here, before any key: it has
     none."""
     origin = request.headers.get("Origin")
@@ -39,7 +40,7 @@ def begin(request: Request, settings: Settings) -> Response | None:
     return Response(status=204, headers=headers)
 
 
-def end(request: Request, response: Response) -> None:
-    """An engine's answer has them already (routing/forwarding.py)."""
+def end(request: Incoming, response: Response) -> None:
+    """Of an answer of our own: an engine's has them already (routing/forwarding.py)."""
     for name, value in request.environ.get(CORS, ()):
         response.headers[name] = value

@@ -9,8 +9,7 @@ from __future__ import annotations
 import io
 import re
 import threading
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from errors import BadRequest, DaemonError, Overloaded, TooLarge
 
@@ -31,8 +30,7 @@ MAX_SIZE_LINE = 4096
 MAX_PATH = 1024                 # a longer one is none that the server has threads of its own for
 
 
-@dataclass(frozen=True)
-class Taken:
+class Taken(NamedTuple):
     """One request.  `whole`: nothing of it is left on the connection; if it is not, the body is empty."""
 
     head: bytes
@@ -143,7 +141,8 @@ class Intake:
         self._filled = 0                        # bytes of it that are there
         self._held = 0                          # bytes that this body counts for among all
         self._ready = False
-        self.wants_continue = False
+        self._expects = False
+        self.wants_continue = False     # until it has been told to go on
 
     @property
     def begun(self) -> bool:
@@ -228,7 +227,9 @@ class Intake:
 
     def _head_and_body(self) -> tuple[bytes, bytes | bytearray]:
         """Of a whole request; what follows it stays in the buffer."""
-        head = _EXPECT.sub(b"\r\n", bytes(self._buffer[:self._head_end]))
+        head = bytes(self._buffer[:self._head_end])
+        if self._expects:
+            head = _EXPECT.sub(b"\r\n", head)
         body: bytes | bytearray
         if self._place is not None:
             end, body = self._head_end, self._place
@@ -258,7 +259,7 @@ class Intake:
         if not self._chunked and (length := _LENGTH.search(head)):
             # Of a length beyond all bounds its first digits are enough: it is refused, and must not count as none.
             self._length = int(length[1].lstrip(b"0")[:19] or b"0")
-        self.wants_continue = _EXPECT.search(head) is not None
+        self._expects = self.wants_continue = _EXPECT.search(head) is not None
         if LARGE_BODY_BYTES <= self._length <= self._max and len(self._buffer) < self._head_end + self._length:
             self._make_room()
         return True

@@ -55,7 +55,7 @@ class Lanes(Generic[Job]):
 
     def backlog(self) -> bool:
         """Whether jobs wait for a thread, and `grow` is to be called every LOOK_S seconds."""
-        return any(threads.backlog() for threads in self._all)
+        return self.common.backlog() or self._watch.backlog() or self._manage.backlog()
 
     def grow(self, now: float) -> None:
         for threads in self._all:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from flask import Blueprint, Request, Response, current_app, jsonify, request
+from flask import Blueprint, Response, current_app, jsonify, request
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -25,9 +25,11 @@ from instances.instance import Candidate, InstanceView, State
 from router import Router
 from routing import request_id
 from routing.health import Status
+from routing.incoming import Incoming
 from routing.observed import ABOUT, About, Histogram
 from routing.paths import BY_MODEL
 from routing.remote import Origin, ServerView
+from routing.reply import Reply
 from web import asked, auth
 from web.exposition import merged
 from web.figures import Figures, shown
@@ -159,15 +161,15 @@ def summary(servers: list[dict[str, Any]]) -> dict[str, Any]:
 
 # --- requests, as they are answered -----------------------------------------------------------------------------------
 
-def begin(incoming: Request) -> None:
+def begin(incoming: Incoming) -> None:
     incoming.environ[ABOUT] = About(time.monotonic())
 
 
-def count(router: Router, incoming: Request, response: Response) -> None:
+def count(router: Router, incoming: Incoming, response: Response | Reply) -> None:
     """The answer to a data request; its head goes out now."""
     about: About | None = incoming.environ.get(ABOUT)
     by_model = incoming.method == "POST" and incoming.path in BY_MODEL     # it may not have come through Flask's map
-    if about is not None and (by_model or incoming.blueprint == "router"):
+    if about is not None and (by_model or getattr(incoming, "blueprint", None) == "router"):
         key = auth.caller(incoming)
         about.key = None if key is None else key.name
         about.path, about.request_id = incoming.path[:PATH_SHOWN], request_id.current()

@@ -26,7 +26,6 @@ from typing import Any
 
 from gunicorn.arbiter import Arbiter
 from gunicorn.http import errors as http_errors
-from gunicorn.http import get_parser, wsgi
 from gunicorn.workers.gthread import ThreadWorker
 
 from config import Settings
@@ -35,10 +34,12 @@ from instances.cores import Cores
 from routing import request_id
 from web import refusals
 from web.connection import CLIENT_GONE, Connection, OneWrite, Parked, has_left, reset
+from web.environ import environ_of
 from web.intake import CONTINUE, Buffers, Collected, Intake, Taken
 from web.lanes import Lanes, is_reserved
 from web.leaving import MemoryWatch, leave_without_memory, to_be_tried_again
 from web.malloc import return_large_blocks
+from web.request_head import parse
 from web.threads import LOOK_S
 
 log = logging.getLogger("vllm_server.http")
@@ -99,6 +100,10 @@ class Worker(ThreadWorker):
         self._count_lock = threading.Lock()     # of `nr_conns`
         self._lanes: Lanes[Connection] = Lanes(self.cfg.threads, self.settings.backlog, self._serve,
                                                lambda connection: connection.intake.path)
+        self._addresses: dict[Any, Any] = {}    # of listeners
+        self._rounds = 0            # of the event loop
+        self._accepted_in = 0       # the last one in which clients were accepted
+        self._at_once = 1           # how many then
         self._refused = 0           # requests since the last word of them in the log
         self.max_keepalived = self.worker_connections
 
@@ -186,6 +191,7 @@ class Worker(ThreadWorker):
         self._lanes.shut_down()
 
     def _round(self, timeout_s: float) -> None:
+        self._rounds += 1
         backlog = self._lanes.backlog()
         self.wait_for_and_dispatch_events(timeout=LOOK_S if backlog else timeout_s)
         if backlog:
@@ -199,10 +205,10 @@ class Worker(ThreadWorker):
     # --- connections ------------------------------------------------------------------------------------------------
 
     def accept(self, listener: Any) -> None:
-        """Take every connection that waits: one a round would be too slow for a storm of them."""
-        for _ in range(ACCEPTS_A_ROUND):
+        """Take the connections that wait, in a storm many at once."""
+        for _ in range(self._how_many()):
             try:
-                client, address = listener.accept()
+                descriptor, address = listener.sock._accept()   # socket.accept makes enums of what is known
             except OSError as error:
                 if error.errno in OUT_OF_DESCRIPTORS:
                     log.error("no descriptor is free for another client (ulimit -n)")
@@ -211,13 +217,28 @@ class Worker(ThreadWorker):
                 elif error.errno not in (errno.EAGAIN, errno.ECONNABORTED):
                     raise
                 return
-            connection = Connection(self.cfg, client, address, listener.getsockname(),
+            client = socket.socket(listener.FAMILY, socket.SOCK_STREAM, 0, descriptor)
+            connection = Connection(client, address, self._address_of(listener),
                                     Intake(self.settings.max_request_bytes, self._buffers))
-            connection.spare = self._free() <= 0 and not self._close_idle()
+            free = self._free()
+            connection.spare = free <= 0 and not self._close_idle()
             self._count(1)
             self._receive(connection, parked=None)
-            if self._free() <= -SPARE:
+            if free <= 1 - SPARE:
                 return
+
+    def _how_many(self) -> int:
+        """To ask for one more than there is costs as much as one.  So as long as clients come now and then it is one at
+        a time, and twice as many as the last time where they come in each round."""
+        now_and_then = self._rounds - self._accepted_in > 1
+        self._accepted_in = self._rounds
+        self._at_once = 1 if now_and_then else min(2 * self._at_once, ACCEPTS_A_ROUND)
+        return self._at_once
+
+    def _address_of(self, listener: Any) -> Any:
+        if (address := self._addresses.get(listener)) is None:
+            address = self._addresses[listener] = listener.getsockname()
+        return address
 
     def _close_idle(self) -> bool:
         """Make room for a new client: the one that has asked nothing for longest goes, if one is found at once."""
@@ -399,12 +420,10 @@ class Worker(ThreadWorker):
         request = None
         try:
             conn.sock.settimeout(SEND_TIMEOUT_S)
-            if conn.parser is None:
-                conn.parser = get_parser(self.cfg, conn.sock, conn.client)
-            conn.parser.unreader.unread(taken.head)
-            request = next(conn.parser)
-            if taken.refusal is not None:
-                raise taken.refusal
+            request = parse(self.cfg, taken.head, conn.sock, conn.client)
+            if taken.refusal is not None:   # not raised: its traceback would keep the body until a garbage collection
+                self.handle_error(request, conn.sock, conn.client, taken.refusal)
+                return False
             request.body = Collected(taken.body)
             keep: bool = self.handle_request(request, conn)
             return keep and taken.whole
@@ -424,8 +443,7 @@ class Worker(ThreadWorker):
         """Whether the connection may be used again.  Raises OSError of a client that left, and what the application
         raises before its answer has begun."""
         started = datetime.now()
-        response, environ = wsgi.create(req, conn.sock, conn.client, conn.server, self.cfg, response_class=OneWrite)
-        environ["wsgi.multithread"] = True
+        response, environ = OneWrite(req, conn.sock, self.cfg), environ_of(req, conn.sock, conn.client, conn.server)
         if not self.alive or not self.cfg.keepalive or (conn.spare and self._free() < 0):
             response.force_close()
         try:
