@@ -7,8 +7,9 @@ PY := .venv/bin/python
 PYTEST := $(PY) -m pytest
 # twice as many as there are processors: tests of daemons wait half of their time
 SIDE_BY_SIDE := -n $(shell echo $$(( 2 * $$(nproc) ))) --maxprocesses 8 --dist worksteal
-RANDOM_CASES := tests/test_relay_loop.py tests/test_response_head.py tests/test_framing.py tests/test_demand_histories.py \
-	tests/test_fuzz.py
+RANDOM_CASES := tests/test_relay_loop.py tests/test_request_head.py tests/test_response_head.py tests/test_framing.py \
+	tests/test_demand_histories.py tests/test_fuzz.py
+SEEDED := $(if $(SEED),--hypothesis-seed=$(SEED))
 
 # Where it is set, each process of the tests, and each daemon and engine that they start, would compile all of it anew.
 unexport PYTHONDONTWRITEBYTECODE
@@ -60,9 +61,9 @@ browser: .venv/browser.stamp    ## the page in Chromium (Debian: apt install chr
 chaos: .venv/dev.stamp          ## faults under load, drawn from a seed, and what must hold after each: SEED=7 MINUTES=5
 	@$(PY) -m tests.chaos $(if $(SEED),--seed $(SEED)) --minutes $(or $(MINUTES),5) $(if $(KINDS),--kinds $(KINDS))
 
-slow: .venv/dev.stamp           ## thousands of random cases, a soak, a thousand instances, boxes of GPUs (no vLLM)
-	HYPOTHESIS_PROFILE=ci $(PYTEST) $(SIDE_BY_SIDE) --timeout 2400 $(RANDOM_CASES)
-	HYPOTHESIS_PROFILE=ci $(PYTEST) -rs --timeout 2400 tests/slow tests/chaos
+slow: .venv/dev.stamp           ## thousands of random cases (SEED=7), a soak, a thousand instances, boxes of GPUs (no vLLM)
+	HYPOTHESIS_PROFILE=ci $(PYTEST) $(SIDE_BY_SIDE) --timeout 2400 $(SEEDED) $(RANDOM_CASES)
+	HYPOTHESIS_PROFILE=ci $(PYTEST) -rs --timeout 2400 $(SEEDED) tests/slow tests/chaos
 
 fuzz: .venv/dev.stamp           ## look for input that breaks its readers, guided by coverage; MINUTES=60 in all
 	$(PY) -m pip install -q 'atheris>=3,<4'

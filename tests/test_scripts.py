@@ -246,7 +246,7 @@ def test_the_whole_check_runs_everything_in_order(tmp_path: Path) -> None:
 
 def test_the_whole_check_goes_on_without_a_browser(tmp_path: Path) -> None:
     code, calls, _ = ci(tmp_path, chromium="/no/such/chromium")
-    assert code == 0 and "make browser" not in calls and calls[-1] == "make slow"
+    assert code == 0 and "make browser" not in calls and calls[-1].startswith("make slow")
 
 
 def test_the_whole_check_stops_where_something_fails(tmp_path: Path) -> None:
