@@ -439,3 +439,20 @@ def cut_of(lease: Lease, on_cut: Callable[[], None] | None = None) -> list[str]:
 
 class Refused(ManagerError):
     code = "refused"
+
+
+def sleepy(world: World, level: int = 1, **fields: object) -> tuple[InstanceView, FakeEngine]:
+    return world.ready(**{"timeout_s": 100.0, "sleep_level": level, **fields})
+
+
+def asleep(world: World, level: int = 1, **fields: object) -> tuple[InstanceView, FakeEngine]:
+    view, engine = sleepy(world, level, **fields)
+    world.manager.sleep(view.id)
+    world.step(0.1, times=3)
+    assert (world.view(view).state, engine.asleep) == (State.SLEEPING, level)
+    return view, engine
+
+
+def wanted(world: World, view: InstanceView) -> None:
+    """A request waits for it, for no time."""
+    world.manager.wait_for_change(0.0, wanted=[view.id])

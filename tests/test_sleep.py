@@ -10,7 +10,7 @@ import pytest
 from errors import Conflict, NotFound, NotReady
 from instances.instance import InstanceView, State
 from instances.sleeping import MOVE_LIMIT_S
-from tests.instance_world import GIB, HOST, FakeEngine, World, cuda
+from tests.instance_world import GIB, HOST, FakeEngine, World, asleep, cuda, sleepy, wanted
 
 TOLD = "/sleep?level=1&mode=wait"
 
@@ -21,23 +21,6 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     world.manager.start()
     yield world
     assert not world.stopped_while_serving
-
-
-def sleepy(world: World, level: int = 1, **fields: object) -> tuple[InstanceView, FakeEngine]:
-    return world.ready(**{"timeout_s": 100.0, "sleep_level": level, **fields})
-
-
-def asleep(world: World, level: int = 1, **fields: object) -> tuple[InstanceView, FakeEngine]:
-    view, engine = sleepy(world, level, **fields)
-    world.manager.sleep(view.id)
-    world.step(0.1, times=3)
-    assert (world.view(view).state, engine.asleep) == (State.SLEEPING, level)
-    return view, engine
-
-
-def wanted(world: World, view: InstanceView) -> None:
-    """A request waits for it, for no time."""
-    world.manager.wait_for_change(0.0, wanted=[view.id])
 
 
 # --- how it is started --------------------------------------------------------------------------------------------
@@ -89,59 +72,6 @@ def test_no_request_enters_and_those_in_flight_end_first(world: World) -> None:
     assert engine.asleep == 1 and lease.cut_error is None
     with pytest.raises(NotReady):
         world.manager.lease(view.id)
-
-
-def test_an_engine_that_hangs_while_it_drains_is_found_out(world: World) -> None:
-    view, engine = sleepy(world)
-    lease = world.manager.lease(view.id)
-    lease.on_cut(lease.release)
-    engine.answers = False
-    world.manager.sleep(view.id)
-    world.step(31.0, times=8)
-    assert world.view(view).restarts == 1 and "KILL" in world.events_of(view)
-
-
-def test_a_sleeper_is_asked_for_its_health_alone(world: World) -> None:
-    """Of what real vLLM parks nothing is ever seen again."""
-    view, engine = asleep(world)
-    engine.asked.clear()
-    world.step(31.0, times=50)
-    assert set(engine.asked) == {"/health"} and world.view(view).state is State.SLEEPING
-    assert world.probe.open == set()
-
-
-def test_a_question_is_taken_back_before_it_is_told_to_sleep(world: World) -> None:
-    """It would be in the engine's queue, which `mode=wait` waits for."""
-    view, engine = sleepy(world)
-    engine.answers = False
-    world.step(31.0)
-    world.step(0.25, times=4)
-    assert engine.asked[-1] == "/v1/completions" and world.probe.open
-    world.manager.sleep(view.id)
-    world.step(0.1, times=3)
-    assert world.view(view).state is State.SLEEPING and world.probe.open == set()
-
-
-@pytest.mark.parametrize("when", ["falling asleep", "asleep", "waking"])
-def test_one_that_hangs_is_found_before_its_time_to_move_is_over(world: World, when: str) -> None:
-    """All of it, as after SIGSTOP: hundreds of seconds may pass over a sleep or a wake, but not over its health."""
-    view, engine = sleepy(world) if when == "falling asleep" else asleep(world)
-    engine.health = engine.sleep_status = engine.wake_status = None
-    if when == "falling asleep":
-        world.manager.sleep(view.id)
-    elif when == "waking":
-        wanted(world, view)
-    world.step(0.1)
-    world.step(31.0)
-    assert world.view(view).last_error is None
-    world.step(61.0)
-    found = world.view(view)
-    assert found.last_error is not None and found.last_error.code == "engine_hung"
-    assert "its server answered no GET /health within 60 s" in found.last_error.message
-    assert found.state is State.BACKOFF
-    world.step(1.1, times=3)
-    assert (world.view(view).state, world.view(view).restarts, engine.alive) == (State.STARTING, 1, False)
-    assert world.probe.open == set()
 
 
 def test_a_request_that_comes_before_it_was_told_keeps_it_up(world: World) -> None:
